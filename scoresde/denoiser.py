@@ -1,0 +1,250 @@
+"""The boundary between networks and everything else: `D(x, t) = E[x_0 | x_t = x]`.
+
+With `x_t = alpha x_0 + sigma eps` every other target of a network is a fixed linear view of D:
+
+    noise = (x - alpha D)/sigma,   score = -noise/sigma,   velocity = alpha noise - sigma D
+
+(score: Tweedie's formula, Robbins 1956, Efron 2011; velocity: Salimans and Ho 2022, arXiv:2202.00512). All views are conditional expectations given x_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .schedules import Tabulated, Time, wide
+from .sde import LinearSDE, like
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network predicts: `F = p x_0 + q eps`, and `c_in`, the factor on its input; each a function of (alpha, sigma) in float64."""
+
+    name: str
+    pq: Callable[[Tensor, Tensor], Pair]
+    c_in: Callable[[Tensor, Tensor], Tensor] = lambda alpha, sigma: torch.ones_like(alpha)
+    config: tuple[tuple[str, float], ...] = ()
+
+    def __repr__(self) -> str:
+        return self.name if not self.config else f"{self.name}({', '.join(f'{k}={v}' for k, v in self.config)})"
+
+
+def _zero(alpha: Tensor) -> Tensor:
+    return torch.zeros_like(alpha)
+
+
+def _one(alpha: Tensor) -> Tensor:
+    return torch.ones_like(alpha)
+
+
+DATA = Prediction("data", lambda alpha, sigma: (_one(alpha), _zero(alpha)))
+NOISE = Prediction("noise", lambda alpha, sigma: (_zero(alpha), _one(alpha)))
+VELOCITY = Prediction("velocity", lambda alpha, sigma: (-sigma, alpha))
+FLOW = Prediction("flow", lambda alpha, sigma: (-_one(alpha), _one(alpha)))
+SCORE = Prediction("score", lambda alpha, sigma: (_zero(alpha), -1 / sigma))
+PREDICTIONS = {p.name: p for p in (DATA, NOISE, VELOCITY, FLOW, SCORE)}
+
+
+def Karras(sigma_data: float = 0.5) -> Prediction:  # noqa: N802
+    """EDM preconditioning `D = c_skip x + c_out F(c_in x)` for data of standard deviation `sigma_data` (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    For any alpha, with `S = sigma^2 + alpha^2 sigma_data^2`:
+    c_skip = alpha sigma_data^2/S, c_out = sigma sigma_data/S^(1/2), c_in = 1/S^(1/2), so input and target both have unit variance.
+    """
+    if not sigma_data > 0:
+        raise ValueError(f"expected sigma_data > 0, found {sigma_data}")
+
+    def spread(alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (sigma**2 + (alpha * sigma_data) ** 2).sqrt()
+
+    def pq(alpha: Tensor, sigma: Tensor) -> Pair:
+        # (x_0 - c_skip x)/c_out with x = alpha x_0 + sigma eps
+        root = spread(alpha, sigma)
+        return sigma / (sigma_data * root), -alpha * sigma_data / root
+
+    return Prediction("Karras", pq, lambda alpha, sigma: 1 / spread(alpha, sigma), (("sigma_data", sigma_data),))
+
+
+def view(target: Prediction, source: Prediction, alpha: Tensor, sigma: Tensor) -> Pair:
+    """(a, b) with `target = a x + b source`, for quantities `p x_0 + q eps` and `x = alpha x_0 + sigma eps`."""
+    (p, q), (p_new, q_new) = source.pq(alpha, sigma), target.pq(alpha, sigma)
+    determinant = q * alpha - p * sigma
+    return (q * p_new - p * q_new) / determinant, (alpha * q_new - sigma * p_new) / determinant
+
+
+class Rows(NamedTuple):
+    """A denoiser prepared for the times of a solver: `D(x, t_k) = a_k x + b_k evaluate(x, k)`, with host floats a, b."""
+
+    evaluate: Callable[[Tensor, int], Tensor]
+    a: list[float]
+    b: list[float]
+
+
+class BaseDenoiser(nn.Module):
+    """`model(x, t, **cond) = E[x_0 | x_t = x]`; `x` has shape (B, ...), `t` is a float or has shape () or (B,). Subclasses define `forward`."""
+
+    sde: LinearSDE
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters (or buffers) live; the CPU if there are none."""
+        tensor = _first_tensor(self)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters; the default dtype if there are none."""
+        tensor = _first_tensor(self)
+        return torch.get_default_dtype() if tensor is None else tensor.dtype
+
+    def as_view(self, target: Prediction, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """The view `target` of this denoiser at x, t."""
+        a, b = view(target, DATA, self.sde.alpha(t), self.sde.sigma(t))
+        return like(a.to(x.device), x) * x + like(b.to(x.device), x) * self(x, t, **cond)
+
+    def noise(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """E[eps | x_t] = (x - alpha D)/sigma."""
+        return self.as_view(NOISE, x, t, **cond)
+
+    def score(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """grad log p_t(x) = (alpha D - x)/sigma^2."""
+        return self.as_view(SCORE, x, t, **cond)
+
+    def velocity(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """E[alpha eps - sigma x_0 | x_t]."""
+        return self.as_view(VELOCITY, x, t, **cond)
+
+    def rows(self, times: Tensor, x: Tensor) -> Rows:
+        """Prepare evaluation at the float64 host `times` (K,) for states like `x`. `evaluate(x, k)` is free of host-device traffic."""
+        clock = times.to(x.device)
+        return Rows(lambda state, k: self(state, clock[k]), [0.0] * len(times), [1.0] * len(times))
+
+    def given(self, **cond: Any) -> BaseDenoiser:
+        """This denoiser with conditions filled in."""
+        return Conditioned(self, cond) if cond else self
+
+
+class Conditioned(BaseDenoiser):
+    """A denoiser with some conditions filled in."""
+
+    def __init__(self, model: BaseDenoiser, cond: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.cond = model, cond
+
+    @property
+    def sde(self) -> LinearSDE:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.model.sde
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def forward(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        return self.model(x, t, **{**self.cond, **cond})
+
+    def as_view(self, target: Prediction, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        return self.model.as_view(target, x, t, **{**self.cond, **cond})
+
+    def rows(self, times: Tensor, x: Tensor) -> Rows:
+        if isinstance(self.model, Denoiser):
+            return self.model.rows(times, x, **self.cond)
+        return super().rows(times, x)
+
+
+class Denoiser(BaseDenoiser):
+    """A network as a denoiser.
+
+    `network(input, time, **cond)` gets `c_in x` (B, ...) in its own dtype and `time` (B,) in float32 or wider, and returns `F = p x_0 + q eps`:
+
+    predicts    "noise" (0, 1) | "data" (1, 0) | "velocity" (-sigma, alpha) | "flow" (-1, 1) | "score" (0, -1/sigma) | `Karras(sigma_data)`
+    time_input  "t" | "log_snr" | "index" (t N - 1, the label 0..N-1 of Ho et al.; N is the table's, or 1000)
+
+    Raises ValueError for other words.
+    """
+
+    def __init__(
+        self, network: nn.Module, sde: LinearSDE, predicts: str | Prediction = "noise", time_input: str = "t"
+    ) -> None:
+        super().__init__()
+        if not isinstance(predicts, Prediction) and predicts not in PREDICTIONS:
+            raise ValueError(f"expected predicts to be one of {sorted(PREDICTIONS)} or Karras(sigma_data), found {predicts!r}")
+        if time_input not in TIME_INPUTS:
+            raise ValueError(f"expected time_input to be one of {sorted(TIME_INPUTS)}, found {time_input!r}")
+        self.network, self.sde, self.time_input = network, sde, time_input
+        self.predicts = predicts if isinstance(predicts, Prediction) else PREDICTIONS[predicts]
+
+    def extra_repr(self) -> str:
+        return f"{self.sde}, predicts={self.predicts}, time_input={self.time_input!r}"
+
+    def _label(self, t: Tensor) -> Tensor:
+        """What the network gets for time, at the float64 `t`."""
+        return TIME_INPUTS[self.time_input](self.sde, t)
+
+    def _call(self, x: Tensor, c_in: Tensor | float, label: Tensor, **cond: Any) -> Tensor:
+        """F in the dtype of x, from a network of any dtype."""
+        dtype = self.dtype
+        time = label.to(torch.promote_types(dtype, torch.float32)).expand(len(x))
+        out = self.network((x * c_in).to(dtype), time, **cond)
+        if out.shape != x.shape:
+            raise ValueError(f"expected the network to return shape {tuple(x.shape)}, like its input; found {tuple(out.shape)}")
+        return out.to(x.dtype)
+
+    def raw(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """The network's own output `F(c_in x, t)`, in the dtype of x."""
+        t = wide(t).to(x.device)
+        return self._call(x, like(self.predicts.c_in(self.sde.alpha(t), self.sde.sigma(t)), x), self._label(t), **cond)
+
+    def target(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
+        """What F should be: `p x_0 + q eps`."""
+        t = wide(t).to(x0.device)
+        p, q = self.predicts.pq(self.sde.alpha(t), self.sde.sigma(t))
+        return like(p, x0) * x0 + like(q, x0) * eps
+
+    def as_view(self, target: Prediction, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        t = wide(t).to(x.device)
+        a, b = view(target, self.predicts, self.sde.alpha(t), self.sde.sigma(t))
+        return like(a, x) * x + like(b, x) * self.raw(x, t, **cond)
+
+    def forward(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        return self.as_view(DATA, x, t, **cond)
+
+    def rows(self, times: Tensor, x: Tensor, **cond: Any) -> Rows:
+        alpha, sigma = self.sde.alpha(times), self.sde.sigma(times)
+        a, b = view(DATA, self.predicts, alpha, sigma)
+        if not bool((a.isfinite() & b.isfinite()).all()):
+            raise ValueError(
+                f"expected a prediction that determines x_0 at every time, found predicts={self.predicts} at t={times[0].item()}, where alpha="
+                f"{alpha[0].item()}: with no signal left, noise does not determine the data. Use a network that predicts data, velocity or flow, or start later"
+            )
+        labels, c_in = self._label(times).to(x.device), self.predicts.c_in(alpha, sigma).tolist()
+        return Rows(lambda state, k: self._call(state, c_in[k], labels[k], **cond), a.tolist(), b.tolist())
+
+
+def _index(sde: LinearSDE, t: Tensor) -> Tensor:
+    schedule = getattr(sde, "schedule", None)
+    return t * (schedule.steps if isinstance(schedule, Tabulated) else 1000) - 1
+
+
+TIME_INPUTS: dict[str, Callable[[LinearSDE, Tensor], Tensor]] = {
+    "t": lambda sde, t: t,
+    "log_snr": lambda sde, t: sde.log_snr(t),
+    "index": _index,
+}
+
+
+def _first_tensor(module: nn.Module) -> Tensor | None:
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                return tensor
+    return None

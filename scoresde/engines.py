@@ -1,0 +1,214 @@
+"""Fast evaluation of Gaussian mixtures under `x_t = alpha x_0 + sigma eps`: one class per structure of the
+covariances.
+
+An engine takes x (B, D), alpha and var = sigma^2, each () or (B, 1), all float64, and gives `Terms`. With V_k
+= alpha^2 S_k + var I and
+d_k = x - alpha m_k, log N(x; alpha m_k, V_k) = -(d_k^T V_k^-1 d_k + log det V_k)/2, leaving out D/2 log(2
+pi).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .spectrum import Spectrum
+
+# A variance of exactly 0 (a point mass seen without noise) stands for its limit from above.
+TINY = 1e-200
+
+
+class Terms(NamedTuple):
+    """`log(w_k N_k) = logits_k + common`; `data(r) = sum_k r_k E[x_0 | x, k]`, `pull(r) = sum_k r_k V_k^-1
+    d_k` for weights r (B, K)."""
+
+    logits: Tensor
+    common: Callable[[], Tensor]
+    data: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor], Tensor]
+
+
+class Engine(Protocol):
+    def terms(self, x: Tensor, alpha: Tensor, var: Tensor) -> Terms: ...
+
+
+def engine_of(log_w: Tensor, means: Tensor, spectrum: Spectrum) -> Engine:
+    """The engine for weights (K,), means (K, D) and their covariances."""
+    K, D = means.shape
+    isotropic = spectrum.basis is None and spectrum.values.shape[1] == 1
+    floor = spectrum.values[:, 0] if isotropic else spectrum.floor
+    if floor is None:
+        return _inner(log_w, means, spectrum)
+    same = bool((floor == floor[0]).all())
+    centre = (log_w.exp()[:, None] * means).sum(0)
+    if isotropic and same:
+        return Isotropic(log_w, centre, means - centre, floor[0])
+    rank = 0 if isotropic else spectrum.values.shape[1]
+    if K * (rank + 1) > D // 2:
+        return _inner(log_w, means, spectrum)
+    columns = (means - centre).mT
+    if spectrum.basis is not None:
+        columns = torch.cat((columns, spectrum.basis.transpose(0, 1).reshape(D, K * rank)), dim=1)
+    frame = torch.linalg.qr(columns).Q
+    basis = None if spectrum.basis is None else frame.mT @ spectrum.basis
+    inside = Spectrum(frame.shape[1], spectrum.values, basis, spectrum.floor)
+    return Reduced(_inner(log_w, (means - centre) @ frame, inside), frame, centre, floor, same)
+
+
+def _inner(log_w: Tensor, means: Tensor, spectrum: Spectrum) -> Engine:
+    if spectrum.basis is None:
+        return Diagonal(log_w, means, spectrum.values)
+    K, D, r = spectrum.basis.shape
+    # The bases side by side, (D, K r): one matrix product rotates x into all of them.
+    beside = spectrum.basis.transpose(0, 1).reshape(D, K * r)
+    rotated = (means[:, None] @ spectrum.basis).squeeze(1)
+    return Rotated(log_w, means, spectrum.values, spectrum.basis, beside, rotated, spectrum.floor)
+
+
+@dataclass(frozen=True, eq=False)
+class Isotropic:
+    """All S_k = v I with one v: products with the centred means `offsets` (K, D), no (B, K, D) tensor; |x|^2
+    drops out of the logits."""
+
+    log_w: Tensor
+    centre: Tensor
+    offsets: Tensor
+    v: Tensor
+
+    def terms(self, x: Tensor, alpha: Tensor, var: Tensor) -> Terms:
+        y = x - alpha * self.centre
+        V = (alpha**2 * self.v + var).clamp_min(TINY)
+        h = alpha * (y @ self.offsets.mT) - 0.5 * alpha**2 * self.offsets.square().sum(-1)
+        nearest = h.argmax(-1, keepdim=True)
+
+        def common() -> Tensor:
+            d = y - alpha * self.offsets[nearest.squeeze(-1)]
+            return (-0.5 * (d.square().sum(-1, keepdim=True) / V + x.shape[-1] * V.log())).squeeze(-1)
+
+        def data(r: Tensor) -> Tensor:
+            m = r @ self.offsets
+            return self.centre + m + (alpha * self.v / V) * (y - alpha * m)
+
+        def pull(r: Tensor) -> Tensor:
+            return (y - alpha * (r @ self.offsets)) / V
+
+        return Terms(self.log_w + (h - h.gather(-1, nearest)) / V, common, data, pull)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """Diagonal covariances, values (K, D), or isotropic ones of different size, values (K, 1)."""
+
+    log_w: Tensor
+    means: Tensor
+    values: Tensor
+
+    def terms(self, x: Tensor, alpha: Tensor, var: Tensor) -> Terms:
+        a = alpha[..., None]
+        d = x.unsqueeze(-2) - a * self.means
+        V = (a**2 * self.values + var[..., None]).clamp_min(TINY)
+        repeat = x.shape[-1] / self.values.shape[-1]
+        logits = self.log_w - 0.5 * ((d.square() / V).sum(-1) + repeat * V.log().sum(-1))
+
+        def data(r: Tensor) -> Tensor:
+            return r @ self.means + (r.unsqueeze(-1) * (a * self.values / V) * d).sum(-2)
+
+        def pull(r: Tensor) -> Tensor:
+            return (r.unsqueeze(-1) / V * d).sum(-2)
+
+        return Terms(logits, lambda: torch.zeros_like(x[..., 0]), data, pull)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotated:
+    """Covariances with eigenvectors: full (no floor), or low-rank plus floor."""
+
+    log_w: Tensor
+    means: Tensor
+    values: Tensor
+    basis: Tensor
+    beside: Tensor
+    rotated: Tensor
+    floor: Tensor | None
+
+    def terms(self, x: Tensor, alpha: Tensor, var: Tensor) -> Terms:
+        a = alpha[..., None]
+        z = (x @ self.beside).unflatten(-1, self.rotated.shape) - a * self.rotated
+        V = (a**2 * self.values + var[..., None]).clamp_min(TINY)
+        quadratic, log_det = (z.square() / V).sum(-1), V.log().sum(-1)
+
+        def back(coefficients: Tensor) -> Tensor:
+            return coefficients.flatten(-2) @ self.beside.mT
+
+        def data(r: Tensor) -> Tensor:
+            return r @ self.means + back(r.unsqueeze(-1) * (a * self.values / V) * z)
+
+        def pull(r: Tensor) -> Tensor:
+            return back(r.unsqueeze(-1) / V * z)
+
+        def nothing() -> Tensor:
+            return torch.zeros_like(x[..., 0])
+
+        if self.floor is None:
+            return Terms(self.log_w - 0.5 * (quadratic + log_det), nothing, data, pull)
+
+        rest = x.unsqueeze(-2) - a * self.means - torch.einsum("...kr,kdr->...kd", z, self.basis)
+        F = (alpha**2 * self.floor + var).clamp_min(TINY)
+        D, rank = x.shape[-1], self.values.shape[-1]
+        quadratic, log_det = quadratic + rest.square().sum(-1) / F, log_det + (D - rank) * F.log()
+
+        def add_rest(r: Tensor, inside: Tensor, gain: Tensor) -> Tensor:
+            return inside + ((r * gain).unsqueeze(-1) * rest).sum(-2)
+
+        return Terms(
+            self.log_w - 0.5 * (quadratic + log_det),
+            nothing,
+            lambda r: add_rest(r, data(r), alpha * self.floor / F),  # pyright: ignore[reportOptionalOperand]
+            lambda r: add_rest(r, pull(r), 1 / F),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """Components that differ only inside a common subspace (all means and factors): `frame` (D, R)
+    orthonormal, R << D.
+
+    Inside, an engine in R dimensions; outside, every S_k is floor_k I and every mean is the centre.
+    """
+
+    inside: Engine
+    frame: Tensor
+    centre: Tensor
+    floor: Tensor
+    same_floor: bool
+
+    def terms(self, x: Tensor, alpha: Tensor, var: Tensor) -> Terms:
+        y = x - alpha * self.centre
+        a = y @ self.frame
+        inner = self.inside.terms(a, alpha, var)
+        F = (alpha**2 * self.floor + var).clamp_min(TINY)
+
+        def outside() -> Tensor:
+            # |y|^2 - |a|^2 would cancel far along the frame.
+            squares = (y - a @ self.frame.mT).square().sum(-1, keepdim=True)
+            return -0.5 * (squares / F + (y.shape[-1] - a.shape[-1]) * F.log())
+
+        def lift(part: Tensor, gain: Tensor) -> Tensor:
+            return gain * y + (part - gain * a) @ self.frame.mT
+
+        def mixed(r: Tensor, gain: Tensor) -> Tensor:
+            return (r * gain).sum(-1, keepdim=True)
+
+        def data(r: Tensor) -> Tensor:
+            return self.centre + lift(inner.data(r), mixed(r, alpha * self.floor / F))
+
+        def pull(r: Tensor) -> Tensor:
+            return lift(inner.pull(r), mixed(r, 1 / F))
+
+        if self.same_floor:
+            return Terms(inner.logits, lambda: inner.common() + outside()[..., 0], data, pull)
+        return Terms(inner.logits + outside(), inner.common, data, pull)

@@ -1,0 +1,149 @@
+"""Time grids: N steps are N + 1 strictly decreasing nodes from `t_max` to `end`.
+
+Every function here has the form `(sde, steps, end=None, **options) -> Grid`; `end=None` is `sde.default_end`. Where half-log-SNR `lam` is infinite (no noise at
+the end, or no signal at the start) a grid that is spaced in `lam` puts that node alone and spaces the others from the nearest regular one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .schedules import Tabulated
+from .sde import VPSDE, LinearSDE
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Nodes of a solver, each with its time `t`, half-log-SNR `lam = log(alpha/sigma)` and the label `t N - 1` (or t) of a network that counts.
+
+    All three are float64 on the CPU, of shape (steps + 1,), strictly monotone.
+    """
+
+    t: Tensor
+    lam: Tensor
+    label: Tensor
+
+    @classmethod
+    def of(cls, sde: LinearSDE, t: Tensor | Grid) -> Grid:
+        """The validated grid on the times `t` (N + 1,). Raises ValueError if they do not strictly decrease within the SDE's range."""
+        if isinstance(t, Grid):
+            return t
+        t = torch.as_tensor(t).detach().double().cpu()
+        if t.ndim != 1 or len(t) < 2:
+            raise ValueError(f"expected a one-dimensional grid of at least two times, found shape {tuple(t.shape)}")
+        if not bool((t.diff() < 0).all()):
+            raise ValueError(f"expected strictly decreasing times from t_max={sde.t_max} to the end, found {_shown(t)}")
+        noiseless = float(sde.sigma(t[-1])) == 0
+        lowest = t[-2] if noiseless else t[-1]
+        if not (float(lowest) >= sde.t_min * (1 - 1e-12) and float(t[0]) <= sde.t_max * (1 + 1e-12)):
+            raise ValueError(f"expected times in [{sde.t_min}, {sde.t_max}] for {sde}, found {_shown(t)}")
+        lam = 0.5 * sde.log_snr(t)
+        if not bool((lam.diff() > 0).all()):
+            raise ValueError(f"expected times that float64 tells apart in log-SNR, found lam = {_shown(lam)}: take fewer steps or a later end")
+        schedule = getattr(sde, "schedule", None)
+        label = t * schedule.steps - 1 if isinstance(schedule, Tabulated) else t.clone()
+        return cls(t, lam, label)
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        return len(self.t) - 1
+
+    def __repr__(self) -> str:
+        return f"Grid({len(self)} steps, t={_shown(self.t)}, lam={_shown(self.lam)})"
+
+
+def _shown(values: Tensor) -> str:
+    listed = values.tolist()
+    return str([round(v, 6) for v in (listed if len(listed) <= 6 else listed[:3] + listed[-2:])])
+
+
+def _range(sde: LinearSDE, steps: int, end: float | None) -> tuple[float, float]:
+    """(t_max, end) after checking both arguments."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"expected a whole number of steps >= 1, found {steps!r}")
+    last = float(sde.default_end if end is None else end)
+    if not (sde.t_min <= last < sde.t_max or (last < sde.t_max and float(sde.sigma(last)) == 0)):
+        raise ValueError(f"expected an end in [{sde.t_min}, {sde.t_max}) or 0, found {end}")
+    return float(sde.t_max), last
+
+
+def _fractions(steps: int) -> Tensor:
+    return torch.arange(steps + 1, dtype=torch.float64) / steps
+
+
+def _in_time(sde: LinearSDE, steps: int, end: float | None, shape: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> Grid:
+    """Nodes equidistant in `shape(t)`."""
+    start, last = _range(sde, steps, end)
+    ends = shape(torch.tensor([start, last], dtype=torch.float64))
+    t = inverse(ends[0] + _fractions(steps) * (ends[1] - ends[0]))
+    t[0], t[-1] = start, last
+    return Grid.of(sde, t)
+
+
+def _in_lam(sde: LinearSDE, steps: int, end: float | None, shape: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> Grid:
+    """Nodes equidistant in `shape(lam)`, with nodes of infinite lam set apart."""
+    start, last = _range(sde, steps, end)
+    head = [start] if float(sde.log_snr(start)) == -math.inf else []
+    tail = [last] if float(sde.log_snr(last)) == math.inf else []
+    inner = steps + 1 - len(head) - len(tail)
+    if inner < 2:  # too few nodes left to space anything
+        middle = [float(sde.default_end)] if inner == 1 and tail else [last] if not tail else []
+        return Grid.of(sde, torch.tensor(sorted({start, last, *middle}, reverse=True)[: steps + 1] if inner else [start, last]))
+    regular_last = float(sde.default_end) if tail else last
+    # The regular node nearest to a start without signal mirrors the default end.
+    regular_start = float(sde.time(-sde.log_snr(sde.default_end))) if head else start
+    lam = 0.5 * sde.log_snr(torch.tensor([regular_start, regular_last], dtype=torch.float64))
+    ends = shape(lam)
+    t = sde.time(2 * inverse(ends[0] + _fractions(inner - 1) * (ends[1] - ends[0])))
+    t[0], t[-1] = regular_start, regular_last
+    return Grid.of(sde, torch.cat([t.new_tensor(head), t, t.new_tensor(tail)]))
+
+
+def uniform(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
+    """Equidistant in t."""
+    return _in_time(sde, steps, end, lambda t: t, lambda u: u)
+
+
+def quadratic(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
+    """Equidistant in the square root of t (the "quadratic" spacing of Song et al. 2021, arXiv:2010.02502)."""
+    return _in_time(sde, steps, end, Tensor.sqrt, Tensor.square)
+
+
+def log_snr(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
+    """Equidistant in log-SNR (Lu et al. 2022, arXiv:2206.00927)."""
+    return _in_lam(sde, steps, end, lambda lam: lam, lambda u: u)
+
+
+def karras(sde: LinearSDE, steps: int, end: float | None = None, *, rho: float = 7.0) -> Grid:
+    """Equidistant in `(sigma/alpha)^(1/rho)` (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
+    if not 0 < rho < math.inf:
+        raise ValueError(f"expected rho > 0, found {rho}")
+    return _in_lam(sde, steps, end, lambda lam: (-lam / rho).exp(), lambda u: -rho * u.log())
+
+
+def ddpm(sde: LinearSDE, steps: int, end: float | None = None, *, spacing: str = "trailing") -> Grid:
+    """Nodes i/N of a DDPM chain (of a tabulated VP-SDE), `steps` of them and then `end` (None: 0, the data).
+
+    spacing, as the labels 0..N-1 of public code (i = label + 1): "trailing" N, N - N/steps, ...; "leading" labels 0, N//steps, 2 (N//steps), ...;
+    "linspace" labels from N - 1 down to 0. (Lin et al. 2023, arXiv:2305.08891, table 2.)
+    """
+    if not (isinstance(sde, VPSDE) and isinstance(sde.schedule, Tabulated)):
+        raise TypeError(f"expected a VP-SDE made by VPSDE.from_betas, found {sde}; use another grid")
+    n = sde.schedule.steps
+    _range(sde, steps, 0.0 if end is None else end)
+    if steps > n:
+        raise ValueError(f"expected at most {n} steps, one for each index of the chain, found {steps}")
+    k = torch.arange(steps, dtype=torch.float64)
+    spacings = {
+        "trailing": lambda: (n - k * n / steps).round(),
+        "leading": lambda: 1 + (steps - 1 - k) * (n // steps),
+        "linspace": lambda: (n - k * (n - 1) / max(steps - 1, 1)).round(),
+    }
+    if spacing not in spacings:
+        raise ValueError(f"expected spacing to be one of {sorted(spacings)}, found {spacing!r}")
+    return Grid.of(sde, torch.cat([spacings[spacing]() / n, torch.tensor([0.0 if end is None else float(end)], dtype=torch.float64)]))

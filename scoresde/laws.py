@@ -1,0 +1,389 @@
+"""Exact data laws: Gaussians, Gaussian mixtures and weighted points, with everything the forward process
+makes of them.
+
+If x_0 ~ sum_k w_k N(m_k, S_k) then x_t = alpha x_0 + sigma eps ~ sum_k w_k N(alpha m_k, V_k), V_k = alpha^2
+S_k + sigma^2 I, and
+
+    E[x_0 | x_t = x] = sum_k r_k(x) (m_k + alpha S_k V_k^-1 (x - alpha m_k)),   r_k(x) proportional to w_k
+    N(x; alpha m_k, V_k)
+
+All arithmetic is float64 on the law's device; results are cast to the dtype of the argument at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .denoiser import SCORE, BaseDenoiser, Prediction
+from .engines import Engine, Terms, engine_of
+from .schedules import Time, wide
+from .sde import LinearSDE, like
+from .spectrum import Covariance, LowRank, Spectrum, real, spectrum_of, stack
+
+__all__ = ["Empirical", "ExactDenoiser", "Gaussian", "Law", "LowRank", "Mixture"]
+
+
+class Law:
+    """A finite mixture of Gaussians on events of shape `event_shape` (D numbers). Immutable; made by
+    `Gaussian`, `Mixture`, `Empirical`.
+
+    `dtype` is that of samples, float64 unless `.to(dtype)` changed it; whatever the dtype, the law itself is
+    kept in float64.
+    """
+
+    def __init__(
+        self,
+        log_w: Tensor,
+        means: Tensor,
+        spectrum: Spectrum,
+        event: tuple[int, ...],
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        if means.numel() == 0:
+            raise ValueError(
+                f"expected at least one component and one dimension, found means of shape {tuple(means.shape)}"
+            )
+        self._log_w, self._means, self._spectrum = log_w, means, spectrum
+        self._event, self._dtype = event, dtype
+
+    def _make(self, kind: type[Any], log_w: Tensor, means: Tensor, spectrum: Spectrum) -> Any:
+        made = object.__new__(kind)
+        Law.__init__(made, log_w, means, spectrum, self._event, self._dtype)
+        return made
+
+    def __repr__(self) -> str:
+        K = len(self._means)
+        what = f"{K} x {self._spectrum.kind}" if K > 1 else self._spectrum.kind
+        return f"{type(self).__name__}(event_shape={self._event}, cov={what}, dtype={self._dtype}, device={self.device})"
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return self._event
+
+    @property
+    def dim(self) -> int:
+        """D, the number of coordinates of one sample."""
+        return self._means.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self._means.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of samples."""
+        return self._dtype
+
+    @property
+    def weights(self) -> Float[Tensor, " k"]:
+        """Weights of the components, float64."""
+        return self._log_w.exp()
+
+    @property
+    def means(self) -> Float[Tensor, "k *event"]:
+        """Means of the components, float64."""
+        return self._means.reshape(-1, *self._event).clone()
+
+    @property
+    def mean(self) -> Float[Tensor, "*event"]:
+        """E[x], of the event's shape, float64."""
+        return (self.weights @ self._means).reshape(self._event)
+
+    @property
+    def cov(self) -> Float[Tensor, "d d"]:
+        """Cov[x] of the flattened event, float64. (D, D) whatever the kind; `variance` is its diagonal."""
+        d = self._means - self.weights @ self._means
+        within = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.device)
+        if self._spectrum.basis is None:
+            within = torch.diag(self.weights @ self._spectrum.diagonal())
+        else:
+            for k, w in enumerate(self.weights):
+                root = self._spectrum.root(k)
+                within = within + w * root @ root.mT
+        return within + (self.weights[:, None] * d).mT @ d
+
+    @property
+    def variance(self) -> Float[Tensor, "*event"]:
+        """Var[x] of every coordinate, of the event's shape, float64."""
+        d = self._means - self.weights @ self._means
+        return (self.weights @ (self._spectrum.diagonal() + d**2)).reshape(self._event)
+
+    def to(self, *where: torch.device | str | torch.dtype) -> Any:
+        """This law on another device and/or with samples of another dtype."""
+        device: Any = self.device
+        dtype = self._dtype
+        for item in where:
+            if isinstance(item, torch.dtype):
+                dtype = item
+            else:
+                device = item
+        if not dtype.is_floating_point:
+            raise TypeError(f"expected a floating dtype for samples, found {dtype}")
+        moved = self._make(
+            type(self), self._log_w.to(device), self._means.to(device), self._spectrum.to(device)
+        )
+        moved._dtype = dtype
+        return moved
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "n *event"]:
+        """n independent draws; the generator, if given, lives on the law's device."""
+        k = torch.zeros(n, dtype=torch.long, device=self.device)
+        if len(self._means) > 1 and n > 0:
+            k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.dim, dtype=torch.float64, device=self.device, generator=generator)
+        x = self._means[k] + self._spectrum.color(z, k)
+        return x.reshape(n, *self._event).to(self._dtype)
+
+    def log_prob(self, x: Float[Tensor, "b *event"]) -> Float[Tensor, " b"]:
+        """log p(x), nats. Raises ValueError if the law is degenerate (a variance is 0), for then there is no
+        density."""
+        if self._spectrum.singular:
+            raise ValueError(
+                f"expected a law with a density, found {self} with a zero variance; use .marginal(sde, t) at a time with noise, or add variance"
+            )
+        one = torch.ones((), dtype=torch.float64, device=x.device)
+        terms = self._engine().terms(self._flat(x), one, 0 * one)
+        return _log_density(terms, self.dim).to(x.dtype)
+
+    def denoiser(self, sde: LinearSDE) -> ExactDenoiser:
+        """The exact E[x_0 | x_t] of this law under `sde`."""
+        return ExactDenoiser(self, sde)
+
+    def marginal(self, sde: LinearSDE, t: Time) -> Any:
+        """The law of x_t, t a single time: means alpha m_k, covariances alpha^2 S_k + sigma^2 I. A Mixture
+        for Empirical, else of the same class."""
+        t = wide(t).to(self.device)
+        if t.ndim != 0:
+            raise ValueError(f"expected a single time, found shape {tuple(t.shape)}")
+        alpha, sigma = sde.alpha(t), sde.sigma(t)
+        kind = Mixture if isinstance(self, Empirical) else type(self)
+        return self._make(kind, self._log_w, alpha * self._means, self._spectrum.affine(alpha**2, sigma**2))
+
+    def posterior(self, y: Any, A: Any, noise_var: float) -> Any:
+        """The law of x given `y = A x + N(0, noise_var I)`; y (m,), A (m, D) acting on the flattened event,
+        noise_var > 0. Of the same class.
+
+        Kalman's update of every component, weights times the evidence N(y; A m_k, A S_k A^T + noise_var I).
+        """
+        y, A = self._observation(y, A, noise_var)
+        log_w, means, spectra = [], [], []
+        for k, mean in enumerate(self._means):
+            gain, spectrum, seen, U = self._spectrum.condition(k, A, noise_var)
+            error = y - A @ mean
+            log_w.append(-0.5 * ((U.mT @ error).square() / seen + seen.log()).sum())
+            means.append(mean + gain @ error)
+            spectra.append(spectrum)
+        weights = (self._log_w + torch.stack(log_w)).log_softmax(0)
+        return self._make(type(self), weights, torch.stack(means), stack(spectra))
+
+    def _observation(self, y: Any, A: Any, noise_var: float) -> tuple[Tensor, Tensor]:
+        y, A = real(y, "y", self.device), real(A, "A", self.device)
+        y = y.reshape(1) if y.ndim == 0 else y
+        if A.ndim != 2 or A.shape[1] != self.dim or y.shape != A.shape[:1]:
+            raise ValueError(
+                f"expected y of shape (m,) and A of shape (m, {self.dim}), found shapes {tuple(y.shape)} and {tuple(A.shape)}"
+            )
+        if not 0 < float(noise_var) < math.inf:
+            raise ValueError(f"expected noise_var > 0 and finite, found {noise_var}")
+        return y, A
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """x (B, *event) as float64 (B, D)."""
+        if not x.is_floating_point() or x.shape[1:] != self._event or x.ndim != 1 + len(self._event):
+            raise ValueError(
+                f"expected floating x of shape (B, {', '.join(map(str, self._event))}), found {x.dtype} of shape {tuple(x.shape)}"
+            )
+        return x.double().reshape(len(x), self.dim)
+
+    def _engine(self) -> Engine:
+        return engine_of(self._log_w, self._means, self._spectrum)
+
+
+class Eigen(NamedTuple):
+    """Orthonormal eigenvectors in columns, None for the identity, and eigenvalues (D,)."""
+
+    basis: Tensor | None
+    values: Tensor
+
+
+class Gaussian(Law):
+    """N(mean, cov). The event has the mean's shape; a number (shape ()) gives events of shape (1,).
+
+    `cov`: a variance, a tensor of the event's shape (diagonal), a symmetric positive semidefinite (D, D)
+    matrix, or `LowRank(variance, factor)`.
+    Raises ValueError for other shapes, asymmetric or indefinite matrices, NaN and infinity. Eigenvalues of a
+    full matrix
+    below D 2^-52 of the largest count as 0.
+    """
+
+    def __init__(self, mean: Any, cov: Covariance) -> None:
+        m = real(mean, "the mean")
+        m = m.reshape(1) if m.ndim == 0 else m
+        event = tuple(m.shape)
+        spectrum = spectrum_of(cov, (), event, m.device)
+        super().__init__(
+            torch.zeros(1, dtype=torch.float64, device=m.device), m.reshape(1, -1), spectrum, event
+        )
+
+    def eigen(self) -> Eigen:
+        """`cov = basis diag(values) basis^T`: (basis (D, D) or None for the identity, values (D,)),
+        float64."""
+        spectrum = self._spectrum
+        if spectrum.basis is None:
+            return Eigen(None, spectrum.values[0].expand(self.dim).clone())
+        if spectrum.floor is None:
+            return Eigen(spectrum.basis[0], spectrum.values[0])
+        basis = torch.linalg.qr(spectrum.basis[0], mode="complete").Q
+        rest = spectrum.floor.expand(self.dim - spectrum.values.shape[1])
+        return Eigen(basis, torch.cat((spectrum.values[0], rest)))
+
+    @classmethod
+    def from_eigen(cls, basis: Tensor | None, mean: Tensor, values: Tensor) -> Gaussian:
+        """The Gaussian with this mean (in the event's own coordinates and shape) and covariance `basis
+        diag(values) basis^T`, values (D,)."""
+        law = cls(mean, 0.0)
+        v = real(values, "the eigenvalues", law.device)
+        if v.shape != (law.dim,) or bool((v < 0).any()):
+            raise ValueError(
+                f"expected eigenvalues >= 0 of shape ({law.dim},), found shape {tuple(v.shape)} and least value {v.min().item()}"
+            )
+        if basis is None:
+            return law._make(cls, law._log_w, law._means, Spectrum(law.dim, v[None]))
+        Q = real(basis, "the basis", law.device)
+        eye = torch.eye(law.dim, dtype=torch.float64, device=law.device)
+        if Q.shape != eye.shape or bool((Q.mT @ Q - eye).abs().max() > 1e-8):
+            raise ValueError(
+                f"expected an orthonormal basis of shape {tuple(eye.shape)}, found shape {tuple(Q.shape)}, or columns not orthonormal"
+            )
+        return law._make(cls, law._log_w, law._means, Spectrum(law.dim, v[None], Q[None]))
+
+
+class Mixture(Law):
+    """sum_k weights_k N(means_k, covs_k). means (K, *event); shape (K,) gives events of shape (1,).
+
+    `covs`: a variance for all, (K,) variances, (K, *event) diagonals, (K, D, D) matrices, or
+    `LowRank(variance () or (K,), factor (K, D, r))`.
+    Raises ValueError as `Gaussian` does, and unless the weights are >= 0 with sum 1 to 1e-6 (they are then
+    normalised to rounding).
+    """
+
+    def __init__(self, weights: Any, means: Any, covs: Covariance) -> None:
+        m = _stacked(means, "means")
+        event = tuple(m.shape[1:])
+        spectrum = spectrum_of(covs, (len(m),), event, m.device)
+        super().__init__(_log_weights(weights, len(m), m.device), m.reshape(len(m), -1), spectrum, event)
+
+
+class Empirical(Law):
+    """The law that puts weights (N,), by default 1/N, on points (N, *event); shape (N,) gives events of shape
+    (1,).
+
+    It has no density, but at times with noise its marginal has one, and its denoiser is the one a network
+    trained on these points aims at.
+    """
+
+    def __init__(self, points: Any, weights: Any = None) -> None:
+        x = _stacked(points, "points")
+        N, event = len(x), tuple(x.shape[1:])
+        log_w = _log_weights([1 / max(N, 1)] * N if weights is None else weights, N, x.device)
+        zero = torch.zeros(N, 1, dtype=torch.float64, device=x.device)
+        super().__init__(log_w, x.reshape(N, -1), Spectrum(math.prod(event), zero), event)
+
+    @property
+    def points(self) -> Float[Tensor, "n *event"]:
+        """The points, float64."""
+        return self.means
+
+    def posterior(self, y: Any, A: Any, noise_var: float) -> Empirical:
+        """The same points, weights times N(y; A x, noise_var I)."""
+        y, A = self._observation(y, A, noise_var)
+        errors = y - self._means @ A.mT
+        log_w = (self._log_w - 0.5 * errors.square().sum(-1) / noise_var).log_softmax(0)
+        return self._make(type(self), log_w, self._means, self._spectrum)
+
+
+class ExactDenoiser(BaseDenoiser):
+    """E[x_0 | x_t] of a law, and its views, in closed form; `t` is a float or has shape () or (B,).
+
+    Computed in float64 and returned in the dtype of x. The score is computed by itself, not as (alpha D -
+    x)/sigma^2: it loses nothing as sigma -> 0.
+    At sigma = 0 the value is the limit: x/alpha for a law with a density, the nearest point for `Empirical`;
+    at alpha = 0 it is the mean.
+    `.to(...)` moves the law and sets `dtype` (what `sample` uses by default); the law stays in float64.
+    """
+
+    def __init__(self, law: Law, sde: LinearSDE) -> None:
+        super().__init__()
+        self.sde = sde
+        # An empty buffer carries device and dtype, for `device`, `dtype` and wrappers; the law itself must not be cast.
+        self.register_buffer("state", torch.empty(0, dtype=law.dtype, device=law.device), persistent=False)
+        self._place(law)
+
+    def _place(self, law: Law) -> None:
+        self.law = law
+        self._engine, self._singular = law._engine(), law._spectrum.singular
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExactDenoiser:
+        super()._apply(fn, recurse)
+        self._place(self.law.to(self.device, self.dtype))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.law}, {self.sde}"
+
+    def _terms(self, x: Tensor, t: Time) -> Terms:
+        flat, t = self.law._flat(x), wide(t).to(x.device)
+        return self._engine.terms(flat, like(self.sde.alpha(t), flat), like(self.sde.sigma(t) ** 2, flat))
+
+    def forward(self, x: Float[Tensor, "b *event"], t: Time) -> Float[Tensor, "b *event"]:
+        terms = self._terms(x, t)
+        return terms.data(terms.logits.softmax(-1)).reshape(x.shape).to(x.dtype)
+
+    def score(self, x: Float[Tensor, "b *event"], t: Time) -> Float[Tensor, "b *event"]:
+        """grad log p_t(x) = -sum_k r_k V_k^-1 (x - alpha m_k)."""
+        terms = self._terms(x, t)
+        return -terms.pull(terms.logits.softmax(-1)).reshape(x.shape).to(x.dtype)
+
+    def log_prob(self, x: Float[Tensor, "b *event"], t: Time) -> Float[Tensor, " b"]:
+        """log p_t(x), nats; NaN at sigma = 0 if the law is degenerate."""
+        log_p = _log_density(self._terms(x, t), self.law.dim)
+        if self._singular:
+            log_p = torch.where(self.sde.sigma(wide(t).to(x.device)) > 0, log_p, torch.nan)
+        return log_p.to(x.dtype)
+
+    def as_view(self, target: Prediction, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        if target == SCORE:
+            return self.score(x, t, **cond)
+        terms, t = self._terms(x, t), wide(t).to(x.device)
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        p, q = (like(c, x.double()) for c in target.pq(alpha, sigma))
+        r = terms.logits.softmax(-1)
+        noise = like(sigma, x.double()) * terms.pull(r).reshape(x.shape)
+        return (p * terms.data(r).reshape(x.shape) + q * noise).to(x.dtype)
+
+
+def _log_density(terms: Terms, dim: int) -> Tensor:
+    return terms.logits.logsumexp(-1) + terms.common() - 0.5 * dim * math.log(2 * math.pi)
+
+
+def _stacked(value: Any, name: str) -> Tensor:
+    tensor = real(value, f"the {name}")
+    if tensor.ndim == 0:
+        raise ValueError(f"expected {name} of shape (K, *event), found a single number")
+    return tensor[:, None] if tensor.ndim == 1 else tensor
+
+
+def _log_weights(weights: Any, count: int, device: torch.device) -> Tensor:
+    w = real(weights, "the weights", device)
+    if w.shape != (count,) or bool((w < 0).any()):
+        raise ValueError(f"expected {count} weights >= 0, found shape {tuple(w.shape)}: {w.tolist()[:8]}")
+    total = w.sum().item()
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"expected weights with sum 1, found sum {total}; divide them by it")
+    return (w / w.sum()).log()

@@ -1,0 +1,207 @@
+"""Objectives: denoising, implicit and sliced score matching, their weightings, and the times they are taken at.
+
+Every weighting is stated as the factor w(t) on `|x_0 - D(x_t)|^2`, whatever the network predicts, so all are comparable. The error of any other
+view `F = p x_0 + q eps` at the same x_t is a multiple of it, `|F - F*|^2 = (p - q alpha/sigma)^2 |x_0 - D|^2`.
+
+A loss is made of four parts, each a plain function: who is drawn (`independent`, `stratified`: numbers u in [0, 1)), when (`uniform`,
+`uniform_log_snr`, `log_normal`, `chain`: u -> t), how much it counts (`simple`, `likelihood`, ...: t -> w), and the error itself. Options of the
+parts are given by `functools.partial`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .denoiser import NOISE, BaseDenoiser, Denoiser, Karras, Prediction
+from .sde import LinearSDE, like
+
+Weighting = Callable[[LinearSDE, Tensor], Tensor]
+"""(sde, t) -> w(t), float64, of the shape of t."""
+
+Times = Callable[[LinearSDE, Tensor], Tensor]
+"""(sde, u) -> t for u in [0, 1), increasing or decreasing in u: the quantile function of the law of t, so that any way of drawing u works."""
+
+Draw = Callable[[int, torch.Generator], Tensor]
+"""(n, generator) -> (n,) float64 numbers in [0, 1), each uniform."""
+
+Score = Callable[[Tensor], Tensor]
+
+
+# ---- weightings: the factor on |x_0 - D|^2
+
+
+def unit(prediction: Prediction, sde: LinearSDE, t: Tensor) -> Tensor:
+    """The weight `(p - q alpha/sigma)^2` under which the loss is the plain mean square of the predicted quantity's error."""
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    p, q = prediction.pq(alpha, sigma)
+    return (p - q * alpha / sigma).square()
+
+
+def simple(sde: LinearSDE, t: Tensor) -> Tensor:
+    """`alpha^2/sigma^2`, the SNR: mean square error of the noise (L_simple, Ho et al. 2020, arXiv:2006.11239, eq. 14)."""
+    return unit(NOISE, sde, t)
+
+
+def likelihood(sde: LinearSDE, t: Tensor) -> Tensor:
+    """`g^2 alpha^2 / (2 sigma^4) = -(d SNR/dt)/2`: nats per unit of time, the g^2 weighting of the score's error (Song et al. 2021, arXiv:2101.09258, eq. 7).
+
+    Its integral over [s, t] is the chain's ELBO weight, (SNR_s - SNR_t)/2. With t from `uniform_log_snr` it is estimated by the `simple` loss times
+    half the range of log-SNR, at far smaller variance than with uniform t: that is the paper's importance sampling.
+    """
+    return 0.5 * sde.rates(t)[1] * (sde.alpha(t) / sde.sigma(t).square()).square()
+
+
+def min_snr(sde: LinearSDE, t: Tensor, *, gamma: float = 5.0) -> Tensor:
+    """`min(SNR, gamma)` (Hang et al. 2023, arXiv:2303.09556, eq. 6)."""
+    return simple(sde, t).clamp_max(gamma)
+
+
+def truncated_snr(sde: LinearSDE, t: Tensor) -> Tensor:
+    """`max(SNR, 1)` (Salimans and Ho 2022, arXiv:2202.00512, section 4)."""
+    return simple(sde, t).clamp_min(1.0)
+
+
+def snr_plus_one(sde: LinearSDE, t: Tensor) -> Tensor:
+    """`SNR + 1` (ibid.): on a variance-preserving process the mean square error of the velocity."""
+    return simple(sde, t) + 1
+
+
+def edm(sde: LinearSDE, t: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+    """`(sigma^2 + alpha^2 sigma_data^2)/(sigma sigma_data)^2 = 1/c_out^2`: weight one on the raw output under `Karras(sigma_data)` (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+    return unit(Karras(sigma_data), sde, t)
+
+
+# ---- times: quantile functions of the law of t
+
+
+def uniform(sde: LinearSDE, u: Tensor, *, end: float | None = None) -> Tensor:
+    """`t = end + u (t_max - end)`; end defaults to `sde.default_end`."""
+    low = sde.default_end if end is None else end
+    return low + u * (sde.t_max - low)
+
+
+def uniform_log_snr(sde: LinearSDE, u: Tensor, *, end: float | None = None) -> Tensor:
+    """log-SNR uniform between its values at `end` (u = 0) and `t_max`; ValueError where those are infinite (Rectified at t = 1)."""
+    high, low = _log_snr_range(sde, end)
+    if not math.isfinite(high - low):
+        raise ValueError(
+            f"expected a finite range of log-SNR, found [{low}, {high}] for {sde}; use losses.log_normal or losses.uniform, or end > 0"
+        )
+    return sde.time(high + u * (low - high))
+
+
+def log_normal(sde: LinearSDE, u: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """`log(sigma/alpha) ~ N(mean, std^2)`, clipped to the SDE's range (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+    log_sigma = mean + std * torch.special.ndtri(u)
+    return sde.time(-2 * log_sigma).clamp(max(sde.t_min, sde.default_end), sde.t_max)
+
+
+def chain(sde: LinearSDE, u: Tensor, *, n: int = 1000) -> Tensor:
+    """`t = i/n`, i uniform in 1..n: with `simple`, Algorithm 1 of Ho et al. (2020, arXiv:2006.11239) on the n-step chain."""
+    return ((u * n).floor() + 1) / n
+
+
+def _log_snr_range(sde: LinearSDE, end: float | None) -> tuple[float, float]:
+    ends = torch.tensor([sde.default_end if end is None else end, sde.t_max], dtype=torch.float64)
+    high, low = sde.log_snr(ends).tolist()
+    return high, low
+
+
+# ---- draws of u
+
+
+def independent(n: int, generator: torch.Generator) -> Tensor:
+    """n independent uniform numbers."""
+    return torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
+
+
+def stratified(n: int, generator: torch.Generator) -> Tensor:
+    """`u_i = (i + u)/n` with a single u: each is uniform, and one lies in each n-th of [0, 1) (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+
+    In increasing order: pair them with samples that are in random order.
+    """
+    offset = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
+    i = torch.arange(n, dtype=torch.float64, device=generator.device)
+    return ((i + offset) / n).remainder(1.0)  # (n - 1 + u)/n may round to 1
+
+
+# ---- the losses, one number per sample
+
+
+def denoising(
+    model: BaseDenoiser,
+    x0: Float[Tensor, "b ..."],
+    eps: Float[Tensor, "b ..."],
+    t: Float[Tensor, " b"],
+    weight: Weighting = simple,
+    **cond: Any,
+) -> Float[Tensor, " b"]:
+    """Denoising score matching: `w(t)` times the mean over elements of `|x_0 - D(x_t, t)|^2`, `x_t = alpha x_0 + sigma eps` (Vincent 2011, Neural Computation 23:1661).
+
+    The minimiser is E[x_0 | x_t] for any positive weight. For a `Denoiser` the error is taken on the network's own output and target, so that
+    nothing cancels at small sigma.
+    """
+    mean, std = model.sde.marginal(x0, t)
+    x_t = mean + std * eps
+    w = weight(model.sde, t)
+    if isinstance(model, Denoiser):
+        error = model.raw(x_t, t, **cond) - model.target(x0, eps, t)
+        w = w / unit(model.predicts, model.sde, t)
+    else:
+        error = model(x_t, t, **cond) - x0
+    return like(w.to(x0.device), x0).flatten() * _mean_square(error)
+
+
+def implicit(score: Score, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    """`|s(x)|^2/2 + tr(ds/dx)`, the trace exact by one backward pass per element (Hyvarinen 2005, JMLR 6:695, eq. 4).
+
+    In expectation over x ~ p it is the Fisher divergence `E|s - grad log p|^2 / 2` minus `E|grad log p|^2 / 2`. `score` maps (B, ...) to the same
+    shape and must treat the samples independently. Differentiable in the parameters of `score`.
+    """
+    x, s = _at(score, x)
+    columns = s.flatten(1)
+    trace = torch.zeros_like(columns[:, 0])
+    for i in range(columns.shape[1]):
+        trace = trace + _gradient(columns[:, i], x).flatten(1)[:, i]
+    return 0.5 * columns.square().sum(1) + trace
+
+
+def sliced(
+    score: Score, x: Float[Tensor, "b ..."], v: Float[Tensor, "b ..."], *, reduce_variance: bool = True
+) -> Float[Tensor, " b"]:
+    """`v.(ds/dx) v + |s|^2/2`, or with `(v.s)^2/2` in place of the second term: one backward pass (Song et al. 2019, arXiv:1905.07088, eqs. 8, 7).
+
+    Unbiased for `implicit` when E[v v^T] = I (normal or Rademacher v, of the shape of x). Differentiable like `implicit`.
+    """
+    x, s = _at(score, x)
+    along = (v * s).flatten(1).sum(1)
+    curvature = (v * _gradient(along, x)).flatten(1).sum(1)
+    return curvature + 0.5 * (s.flatten(1).square().sum(1) if reduce_variance else along.square())
+
+
+def _mean_square(error: Tensor) -> Tensor:
+    return error.square().flatten(1).mean(1)
+
+
+def _at(score: Score, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as a leaf that takes gradients, and the score there."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        s = score(x)
+    if s.shape != x.shape:
+        raise ValueError(f"expected a score of the shape of x, {tuple(x.shape)}; found {tuple(s.shape)}")
+    return x, s
+
+
+def _gradient(values: Tensor, x: Tensor) -> Tensor:
+    """d values_b / d x_b, itself differentiable; zero where the values do not depend on x."""
+    if not values.requires_grad:
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(values.sum(), x, create_graph=True, materialize_grads=True)
+    return gradient

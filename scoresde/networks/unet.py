@@ -1,0 +1,137 @@
+"""The U-Net for images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Real
+from torch import Tensor, nn
+
+from scoresde.networks.blocks import Block, Encoder, attended_levels, norm, zeros_
+from scoresde.networks.embeddings import Conditioning, check_time
+
+
+def check_positive(**sizes: int | None) -> None:
+    """ValueError unless each size is a positive int (None: left out)."""
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"{name}: expected a positive int, found {size!r}.")
+
+
+def check_dropout(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), found {dropout!r}.")
+
+
+class UNet(nn.Module):
+    """A U-Net `F(x, time, label, vector)` for images of any number of channels, from 8x8 up.
+
+    Ho et al. 2020 (arXiv:2006.11239), Dhariwal & Nichol 2021 (arXiv:2105.05233), made lean: as many blocks up
+    as down, levels joined by 2x2 means and nearest neighbours inside the skip path without convolutions of
+    their own. The last convolution and the second one of every block start at zero, so a new network returns
+    exactly 0.
+
+    channels:       of x;  out_channels: of the result (default: the same)
+    base:           channels of the finest level; level l has base * multipliers[l], half the size of l-1
+    blocks:         residual blocks per level, each way
+    attention:      levels with self-attention; 0 is full resolution, -1 the deepest
+    heads:          attention heads, a divisor of the channels there
+    dropout:        inside the residual blocks
+    classes:        number of classes, for `label=`; label -1, or none, is the null class
+    vector_dim:     size of `vector=`
+    embedding:      "sinusoidal" or "fourier";  time_input: "t", "log_snr" or "index", what `time` holds
+    embedding_dim:  size of the conditioning features (default 4 * base)
+
+    `config` holds these arguments as JSON takes them: `UNet(**net.config)` is the same network, before
+    training. Raises ValueError for arguments that do not fit together.
+
+    The layout is that of the weights: `net.to(memory_format=torch.channels_last)` is the faster one on a GPU
+    in half precision, the default one on a CPU for small images (its channels-last group norm is three times
+    slower).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        base: int = 64,
+        multipliers: Sequence[int] = (1, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (-1,),
+        heads: int = 4,
+        dropout: float = 0.0,
+        classes: int | None = None,
+        vector_dim: int | None = None,
+        embedding: str = "sinusoidal",
+        time_input: str = "t",
+        embedding_dim: int | None = None,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(channels=channels, base=base, blocks=blocks, heads=heads, classes=classes)
+        check_positive(vector_dim=vector_dim, embedding_dim=embedding_dim, out_channels=out_channels)
+        check_positive(
+            **{f"multipliers[{level}]": m for level, m in enumerate(multipliers)}, levels=len(multipliers)
+        )
+        check_dropout(dropout)
+        self.config: dict[str, Any] = {
+            "channels": channels,
+            "base": base,
+            "multipliers": list(multipliers),
+            "blocks": blocks,
+            "attention": list(attention),
+            "heads": heads,
+            "dropout": dropout,
+            "classes": classes,
+            "vector_dim": vector_dim,
+            "embedding": embedding,
+            "time_input": time_input,
+            "embedding_dim": embedding_dim,
+            "out_channels": out_channels,
+        }
+        width = embedding_dim or 4 * base
+        self.conditioning = Conditioning(
+            width, classes=classes, vector_dim=vector_dim, embedding=embedding, time_input=time_input
+        )
+        self.encoder = Encoder(channels, base, multipliers, blocks, attention, heads, dropout, width)
+        attended = attended_levels(attention, len(multipliers))
+        skips = list(self.encoder.out_channels)
+        h = skips[-1]
+        deepest_heads = heads if len(multipliers) - 1 in attended else None
+        self.middle = nn.ModuleList(Block(h, h, width, head, dropout) for head in (deepest_heads, None))
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(multipliers))):
+            stage = nn.ModuleList()
+            for _ in range(blocks):
+                c = base * multipliers[level]
+                stage.append(Block(h + skips.pop(), c, width, heads if level in attended else None, dropout))
+                h = c
+            self.up.append(stage)
+        self.head = norm(h)
+        self.out = zeros_(nn.Conv2d(h, out_channels or channels, 3, padding=1))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        time: Real[Tensor, " b"],
+        label: Int[Tensor, " b"] | None = None,
+        vector: Float[Tensor, "b k"] | None = None,
+    ) -> Float[Tensor, "b d h w"]:
+        """x (B, C, H, W), time (B,) -> (B, out_channels, H, W) in the dtype of x.
+
+        label (B,) integers from -1 to classes - 1, vector (B, vector_dim).
+        Raises ValueError for shapes that do not fit; sizes must be divisible by 2^(levels - 1).
+        """
+        check_time(time, len(x))
+        emb = self.conditioning(time, label, vector)
+        features = self.encoder(x, emb)
+        h = features[-1]
+        for block in self.middle:
+            h = block(h, emb)
+        for depth, blocks in enumerate(self.up):
+            h = F.interpolate(h, scale_factor=2.0, mode="nearest") if depth else h
+            for block in blocks:  # pyright: ignore[reportGeneralTypeIssues]
+                h = block(torch.cat([h, features.pop()], dim=1), emb)
+        return self.out(F.silu(self.head(h))).to(x.dtype)

@@ -1,0 +1,94 @@
+"""`sample`: prior, grid, solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import grids
+from .denoiser import BaseDenoiser
+from .grids import Grid
+from .noise import Noise
+from .sde import LinearSDE
+from .solvers.base import Callback, Samples, Solver
+
+GridFunction = Callable[..., Grid]
+
+
+def sample(
+    model: BaseDenoiser,
+    shape: Sequence[int],
+    solver: Solver,
+    *,
+    steps: int = 20,
+    grid: GridFunction | Grid | Tensor | None = None,
+    end: float | None = None,
+    seed: int = 0,
+    ids: Tensor | Sequence[int] | None = None,
+    condition: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Samples:
+    """Draw samples of `shape` (B, ...) from the model with a solver.
+
+    steps, grid, end  the grid is `grid(sde, steps, end)` (default: `default_grid`), or is given as a Grid or a decreasing tensor of times; `end=None` is `sde.default_end`,
+                      and `end=0` finishes with the denoised data
+    seed, ids         sample i is a function of (seed, ids[i]) only, whatever the batch, its order, or the device; ids default to 0..B-1
+    condition         passed on to the model as keywords
+    callback          called with a `Step` before every row; what it returns is kept in `Samples.path`
+    progress          a bar on the terminal, one tick a network call
+    device, dtype     of the state; by default the model's, at least float32
+
+    Raises ValueError or TypeError for arguments that do not fit, before the first network call, and FloatingPointError naming call and time if the network returns NaN or Inf.
+    """
+    shape = _checked_shape(shape)
+    device = torch.device(model.device if device is None else device)
+    dtype = torch.promote_types(model.dtype, torch.float32) if dtype is None else dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"expected a state in float32 or float64, found {dtype}; the network may have any dtype")
+    times = make_grid(model.sde, grid, steps, end)
+    noise = Noise.of(seed, ids, batch=shape[0], device=device, dtype=dtype)
+    x = noise.prior(shape) * model.sde.prior_std
+    if progress:
+        callback = _with_bar(callback, len(times))
+    return replace(solver.solve(model.given(**(condition or {})), x, times, noise=noise, callback=callback), seed=seed)
+
+
+def make_grid(sde: LinearSDE, grid: GridFunction | Grid | Tensor | None, steps: int, end: float | None) -> Grid:
+    """The grid that `sample` uses."""
+    if isinstance(grid, Grid | Tensor):
+        given = Grid.of(sde, grid)
+        if end is not None and float(given.t[-1]) != float(end):
+            raise ValueError(f"expected a grid that ends at end={end}, found one that ends at {given.t[-1].item()}; give one of the two")
+        return given
+    return (default_grid if grid is None else grid)(sde, steps, end)
+
+
+def default_grid(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
+    """Karras' spacing where t is the noise level itself (EDM, VE), else quadratic in t."""
+    return (grids.quadratic if sde.t_max == 1 and sde.prior_std == 1 else grids.karras)(sde, steps, end)
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(shape)
+    if len(sizes) < 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in sizes):
+        raise ValueError(f"expected a shape (batch, ...) of whole numbers with at least one axis after the batch, found {shape}")
+    return sizes
+
+
+def _with_bar(callback: Callback | None, steps: int) -> Callback:
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=steps, unit="step", leave=False)
+
+    def tick(step: Any) -> Any:
+        bar.update(max(0, min(step.k + 1, steps) - bar.n))
+        return None if callback is None else callback(step)
+
+    return tick

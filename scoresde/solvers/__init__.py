@@ -1,0 +1,6 @@
+"""Solvers: functions that return immutable solver objects. `card()` lists them."""
+
+from .base import Card, Samples, Solver, TableSolver
+from .exponential import dpmpp, exponential
+from .onestep import ddim, ddpm, euler_maruyama, from_tableau, reverse_diffusion
+from .singlestep import heun, midpoint

@@ -1,0 +1,154 @@
+"""What a solver is: an immutable, printable object with `.solve(model, x, times, *, noise, callback)` and `.steps_for(calls)`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import DATA, BaseDenoiser, view
+from ..grids import Grid
+from ..sde import LinearSDE
+from ..tableau import NoiseSource, Step, Tableau, finite_guard, not_finite, run
+
+Callback = Callable[[Step], Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a run returns.
+
+    x              (B, ...) the state at `end`
+    network_calls  calls of the model on a batch; for adaptive solvers the largest number any sample needed
+    seconds        wall time of the run, the grid and table included
+    status         "ok", or for adaptive solvers what happened; one entry a sample if they differ
+    path           what the callback returned, call by call (without the Nones)
+    end            the time of `x`
+    """
+
+    x: Tensor
+    network_calls: int
+    seconds: float
+    status: str | tuple[str, ...] = "ok"
+    path: tuple[Any, ...] = ()
+    end: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a solver. Declared properties are tested, undeclared ones are shown false.
+
+    order, weak_order  of convergence on smooth problems; None where the notion does not apply
+    properties         of "marginal_exact" (keeps the law of a point mass), "clock_free" (depends on the grid through lam only), "scale_covariant" (commutes with x -> x/alpha)
+    final              what a last step to sigma = 0 does: "data" returns D, "extrapolate" keeps the order, "none" is not special
+    """
+
+    order: int | None
+    weak_order: int | None
+    calls_per_step: int
+    stochastic: bool
+    reference: str
+    properties: frozenset[str] = frozenset()
+    final: str = "data"
+    memory: int = 1
+
+
+class Solver(Protocol):
+    """Anything `sample` can hand over to."""
+
+    def solve(self, model: BaseDenoiser, x: Tensor, times: Grid | Tensor, *, noise: NoiseSource | None = None, callback: Callback | None = None) -> Samples: ...
+
+    def steps_for(self, calls: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class TableSolver:
+    """A solver that is a function `(sde, grid) -> Tableau`, with the options it was made with."""
+
+    name: str
+    build: Callable[[LinearSDE, Grid], Tableau] = field(repr=False)
+    card: Card = field(repr=False)
+    options: tuple[tuple[str, Any], ...] = ()
+    calls: Callable[[int], int] = field(default=lambda steps: steps, repr=False)
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.options)})"
+
+    def tableau(self, sde: LinearSDE, times: Grid | Tensor) -> Tableau:
+        """The table for `sde` on a Grid or a decreasing tensor of times."""
+        return self.build(sde, Grid.of(sde, times))
+
+    def steps_for(self, calls: int) -> int:
+        """The largest number of grid steps that takes at most `calls` network calls."""
+        if calls < self.calls(1):
+            raise ValueError(f"expected at least {self.calls(1)} calls, the cost of one step of {self}; found {calls}")
+        steps = max(1, calls // max(self.card.calls_per_step, 1))
+        while self.calls(steps + 1) <= calls:
+            steps += 1
+        while self.calls(steps) > calls:
+            steps -= 1
+        return steps
+
+    def solve(self, model: BaseDenoiser, x: Tensor, times: Grid | Tensor, *, noise: NoiseSource | None = None, callback: Callback | None = None) -> Samples:
+        """Run from `x` (B, ...) at times[0] to times[-1]. `noise(k, shape)` gives the normals of row k."""
+        started = time.perf_counter()
+        grid = Grid.of(model.sde, times)
+        return execute(self.build(model.sde, grid), model, x, noise=noise, callback=callback, started=started)
+
+
+def execute(
+    table: Tableau, model: BaseDenoiser, x: Tensor, *, noise: NoiseSource | None = None, callback: Callback | None = None, started: float | None = None
+) -> Samples:
+    """Run a table without gradients, watch for NaN and Inf, collect what the callback returns."""
+    started = time.perf_counter() if started is None else started
+    path: list[Any] = []
+    with torch.no_grad(), evaluating(model):
+        rows = model.rows(table.times[:-1], x)
+        bad = None if x.device.type == "cpu" else torch.full((), len(table), device=x.device)
+        guard = finite_guard(table) if bad is None else _device_guard(bad)
+
+        def before(k: int, state: Tensor, F: Tensor) -> None:  # noqa: N803
+            guard(k, F)
+            if callback is not None:
+                denoised = F * rows.b[k] + state * rows.a[k] if rows.a[k] else F * rows.b[k]
+                kept = callback(Step(k, float(table.times[k]), state, denoised))
+                path.extend([] if kept is None else [kept])
+
+        result = run(table, rows, x, noise, before=before)
+        if bad is not None and int(bad) < len(table):
+            raise not_finite(table, int(bad))
+    return Samples(result, len(table), time.perf_counter() - started, path=tuple(path), end=float(table.times[-1]))
+
+
+def _device_guard(bad: Tensor) -> Callable[[int, Tensor], None]:
+    """Keeps the first row with a non-finite output in `bad`, on the device, without branching."""
+
+    def guard(k: int, F: Tensor) -> None:  # noqa: N803
+        bad.copy_(torch.where(F.isfinite().all(), bad, bad.clamp(max=k)))
+
+    return guard
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode and every part of it back as it was afterwards."""
+    training = [part for part in model.modules() if part.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def from_data_form(sde: LinearSDE, stored, t: Tensor, keep: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients over (x, m) of the update `keep x + mix D`, when `m` is the view `stored` at t."""
+    a, b = view(DATA, stored, sde.alpha(t), sde.sigma(t))
+    return keep + mix * a, mix * b
