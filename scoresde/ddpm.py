@@ -1,17 +1,20 @@
 """The DDPM chain (Ho, Jain and Abbeel 2020, arXiv:2006.11239), the exact N-step discretization of a VP-SDE.
 
-Index i = 1..N is the chain's step; arrays are 0-based, so `betas[i - 1]` belongs to step i. Indices may be an int or an integer tensor of shape (B,).
-The chain is kept as `log alpha_i = log(1 - beta_i)`, which keeps its digits when beta_i is close to 0 or to 1.
+Index i = 1..N is the chain's step; arrays are 0-based, so `betas[i - 1]` belongs to step i. Indices may be an
+int or an integer tensor of shape (B,). The chain is kept as `log alpha_i = log(1 - beta_i)`, which keeps its
+digits when beta_i is close to 0 or to 1.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .schedules import Tabulated, beta_table, holds
 from .sde import VPSDE, like
 
 if TYPE_CHECKING:
@@ -27,18 +30,24 @@ class DDPM:
     """
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
-        table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
-        if table.ndim != 1 or len(table) == 0 or not bool(((table > 0) & (table < 1)).all()):
-            raise ValueError(f"expected a one-dimensional, non-empty table of betas strictly between 0 and 1, found {betas}")
-        self.log_alphas = torch.log1p(-table)
+        self.log_alphas = torch.log1p(-beta_table(betas))
+        self.times = _nodes(len(self.log_alphas))[1:]
 
     @classmethod
-    def from_log_alphas(cls, log_alphas: Tensor) -> DDPM:
-        """The chain with `log(1 - beta_i)` given, (N,) negative numbers; the way to betas that round to 1."""
-        if log_alphas.ndim != 1 or len(log_alphas) == 0 or not bool((log_alphas < 0).all() & log_alphas.isfinite().all()):
-            raise ValueError(f"expected a one-dimensional, non-empty tensor of finite negative log alphas, found {log_alphas}")
+    def from_log_alphas(cls, log_alphas: Tensor, times: Tensor | None = None) -> DDPM:
+        """The chain with `log(1 - beta_i)` given, (N,) negative numbers; the way to betas that round to 1.
+
+        `times` (N,) is where a denoiser is called for each step, i/N unless given.
+        """
+        valid = (log_alphas < 0) & log_alphas.isfinite()
+        if log_alphas.ndim != 1 or len(log_alphas) == 0 or not bool(valid.all()):
+            raise ValueError(
+                "expected a one-dimensional, non-empty tensor of finite negative log alphas, "
+                f"found shape {tuple(log_alphas.shape)} with {int((~valid).sum())} other numbers"
+            )
         chain = cls.__new__(cls)
         chain.log_alphas = log_alphas.double().cpu()
+        chain.times = _nodes(len(log_alphas))[1:] if times is None else times
         return chain
 
     def __len__(self) -> int:
@@ -69,7 +78,10 @@ class DDPM:
 
     @property
     def posterior_variances(self) -> Tensor:
-        """(N,) beta-tilde_i = (1 - alpha_bar_{i-1})/(1 - alpha_bar_i) beta_i, the variance of q(x_{i-1} | x_i, x_0); 0 at i = 1 (eq. 7)."""
+        """(N,) variances of q(x_{i-1} | x_i, x_0), eq. 7; 0 at i = 1.
+
+        beta-tilde_i = (1 - alpha_bar_{i-1})/(1 - alpha_bar_i) beta_i
+        """
         return self._noise(self._previous()) / self._noise(self.log_alpha_bars) * self.betas
 
     @property
@@ -79,7 +91,10 @@ class DDPM:
 
     @property
     def elbo_weights(self) -> Tensor:
-        """(N,) factors w_i in `L_{i-1} = w_i |x_0 - D(x_i)|^2` (nats): `(SNR_{i-1} - SNR_i)/2`; infinite at i = 1, whose term is the decoder's (Kingma et al. 2021, arXiv:2107.00630, eq. 13)."""
+        """(N,) factors w_i in `L_{i-1} = w_i |x_0 - D(x_i)|^2` (nats): `(SNR_{i-1} - SNR_i)/2`.
+
+        Kingma et al. 2021, arXiv:2107.00630, eq. 13. Infinite at i = 1, whose term is the decoder's.
+        """
         return 0.5 * (1 / torch.expm1(-self._previous()) - self.snr)
 
     def _previous(self) -> Tensor:
@@ -90,29 +105,40 @@ class DDPM:
     def _noise(log_alpha_bar: Tensor) -> Tensor:
         return -torch.expm1(log_alpha_bar)
 
-    def _take(self, table: Tensor, i: Index, x: Tensor, lowest: int = 1) -> Tensor:
+    def _index(self, i: Index, lowest: int = 1) -> Tensor:
+        """`i` as an int64 tensor where it lives, checked against lowest..N where the host knows it."""
+        index = torch.as_tensor(i)
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise TypeError(f"expected integer indices {lowest}..{len(self)}, found dtype {index.dtype}")
+        index = index.long()
+        if not holds((index >= lowest) & (index <= len(self))):
+            raise ValueError(f"expected chain indices {lowest}..{len(self)}, found {_extremes(index)}")
+        return index
+
+    def _take(self, table: Tensor, i: Index, x: Tensor) -> Tensor:
         """table[i - 1], shaped to multiply x."""
-        index = torch.as_tensor(i, device="cpu")
-        if index.is_floating_point() or index.dtype == torch.bool:
-            raise TypeError(f"expected integer chain indices 1..{len(self)}, found dtype {index.dtype}")
-        if index.numel() and not lowest <= int(index.min()) <= int(index.max()) <= len(self):
-            raise ValueError(f"expected chain indices from {lowest} to {len(self)}, found {int(index.min())}..{int(index.max())}")
-        return like(table[index.long() - 1].to(x.device), x)
+        index = self._index(i)
+        return like(table.to(index.device)[index - 1], x)
 
     def marginal(self, x_0: Tensor, i: Index) -> tuple[Tensor, Tensor]:
         """Mean and variance of `q(x_i | x_0) = N(alpha_bar_i^(1/2) x_0, 1 - alpha_bar_i)` (eq. 4)."""
-        return self._take((0.5 * self.log_alpha_bars).exp(), i, x_0) * x_0, self._take(self._noise(self.log_alpha_bars), i, x_0)
+        mean = self._take((0.5 * self.log_alpha_bars).exp(), i, x_0) * x_0
+        return mean, self._take(self._noise(self.log_alpha_bars), i, x_0)
 
     def transition(self, x_j: Tensor, j: Index, i: Index) -> tuple[Tensor, Tensor]:
         """Mean and variance of `q(x_i | x_j)`, j < i; j = 0 is the data. (B,) indices go pairwise."""
-        bars = torch.cat([self.log_alpha_bars, self.log_alpha_bars.new_zeros(1)])  # index -1 is alpha_bar_0
-        gap = self._take(bars, i, x_j.double()) - self._take(bars, j, x_j.double(), lowest=0)
-        if not bool((gap < 0).all()):
-            raise ValueError(f"expected j < i, found j={j}, i={i}")
-        return (0.5 * gap).exp().to(x_j.dtype) * x_j, self._noise(gap).to(x_j.dtype)
+        first, last = self._index(j, lowest=0), self._index(i)
+        if not holds(first.to(last.device) < last):
+            raise ValueError(f"expected j < i, found j = {_extremes(first)}, i = {_extremes(last)}")
+        bars = torch.cat([self.log_alpha_bars.new_zeros(1), self.log_alpha_bars])  # alpha_bar_0 = 1
+        gap = bars.to(last.device)[last] - bars.to(first.device)[first].to(last.device)
+        return like((0.5 * gap).exp(), x_j) * x_j, like(self._noise(gap), x_j)
 
     def posterior(self, x_t: Tensor, x_0: Tensor, i: Index) -> tuple[Tensor, Tensor]:
-        """Mean and variance beta-tilde of `q(x_{i-1} | x_i = x_t, x_0)` (eqs. 6, 7); the other classical variance is `betas[i - 1]`."""
+        """Mean and variance beta-tilde of `q(x_{i-1} | x_i = x_t, x_0)` (eqs. 6, 7).
+
+        The other classical variance is `betas[i - 1]`.
+        """
         noise = self._noise(self.log_alpha_bars)
         on_data = (0.5 * self._previous()).exp() * self.betas / noise
         on_state = (0.5 * self.log_alphas).exp() * self._noise(self._previous()) / noise
@@ -130,37 +156,45 @@ class DDPM:
 
     def mean_from_score(self, x_t: Tensor, score: Tensor, i: Index) -> Tensor:
         """`(x_t + beta_i score) / alpha_i^(1/2)`."""
-        return self._take((-0.5 * self.log_alphas).exp(), i, x_t) * (x_t + self._take(self.betas, i, x_t) * score)
+        scale = self._take((-0.5 * self.log_alphas).exp(), i, x_t)
+        return scale * (x_t + self._take(self.betas, i, x_t) * score)
 
     def respace(self, indices: Sequence[int]) -> DDPM:
-        """The chain through the kept indices (strictly increasing, in 1..N): same marginals there, `beta'_j = 1 - alpha_bar_j/alpha_bar_{j-1}`."""
-        kept = list(indices)
+        """The chain through the kept indices (strictly increasing, in 1..N): the same marginals there.
+
+        `beta'_j = 1 - alpha_bar_j/alpha_bar_{j-1}`; a denoiser is still called at the full chain's times.
+        """
+        kept = [operator.index(i) for i in indices]
         if not kept or any(b <= a for a, b in zip([0, *kept], kept, strict=False)) or kept[-1] > len(self):
-            raise ValueError(f"expected strictly increasing indices in 1..{len(self)}, found {kept[:5]}{'...' if len(kept) > 5 else ''}")
-        bars = self.log_alpha_bars[torch.tensor(kept) - 1]
-        return DDPM.from_log_alphas(torch.diff(bars, prepend=bars.new_zeros(1)))
+            shown = f"{kept[:5]}{'...' if len(kept) > 5 else ''}"
+            raise ValueError(f"expected strictly increasing indices in 1..{len(self)}, found {shown}")
+        at = torch.tensor(kept) - 1
+        bars = self.log_alpha_bars[at]
+        return DDPM.from_log_alphas(torch.diff(bars, prepend=bars.new_zeros(1)), self.times[at])
 
     def sde(self) -> VPSDE:
-        """The VP-SDE whose marginals at t = i/N are the chain's."""
-        from .schedules import Tabulated
-
+        """The VP-SDE whose marginals at t = i/N are the chain's (N being this chain's length)."""
         return VPSDE(schedule=Tabulated((0.0, *(-self.log_alpha_bars).tolist())))
 
     def loss(self, model: BaseDenoiser, x_0: Tensor, i: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
-        """Algorithm 1: (B,) means of `|eps - eps_theta(alpha_bar_i^(1/2) x_0 + (1 - alpha_bar_i)^(1/2) eps, i)|^2` over the elements, with `i` (B,) drawn from 1..N."""
+        """Algorithm 1: (B,) means of `|eps - eps_theta(x_i, i)|^2` over the elements, `i` (B,) in 1..N.
+
+        `x_i = alpha_bar_i^(1/2) x_0 + (1 - alpha_bar_i)^(1/2) eps`; the model's process is `self.sde()`.
+        """
         mean, variance = self.marginal(x_0, i)
-        predicted = model.noise(mean + variance.sqrt() * eps, i.to(x_0.device).double() / len(self), **cond)
+        predicted = model.noise(mean + variance.sqrt() * eps, self.times.to(i.device)[i.long() - 1], **cond)
         return (eps - predicted).square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def sample(self, model: BaseDenoiser, x_N: Tensor, noises: Sequence[Tensor], **cond: Tensor) -> Tensor:  # noqa: N803
-        """Algorithm 2, as printed: from `x_N` (B, ...) and `noises[i - 1]` for the step from i to i - 1 (that of i = 1 is not used), with variance beta_i.
+    def sample(self, model: BaseDenoiser, x_N: Tensor, noises: Sequence[Tensor], **cond: Tensor) -> Tensor:
+        """Algorithm 2, as printed, with variance beta_i: from `x_N` (B, ...) to x_0.
 
-        `solvers.ddpm()` is the same chain as a tableau, for any grid and with either variance.
+        `noises[i - 1]` (B, ...) belongs to the step from i to i - 1; that of i = 1 is not used. The model's
+        process is `self.sde()`. `solvers.ddpm()` is the same as a tableau, for any grid and either variance.
         """
         x = x_N
         for i in range(len(self), 0, -1):
-            mean = self.mean_from_noise(x, model.noise(x, i / len(self), **cond), i)
+            mean = self.mean_from_noise(x, model.noise(x, self.times[i - 1], **cond), i)
             x = mean + self._take(self.betas, i, x).sqrt() * noises[i - 1] if i > 1 else mean
         return x
 
@@ -168,18 +202,30 @@ class DDPM:
 def discretize(sde: VPSDE, n: int, rule: str = "exact") -> DDPM:
     """The n-step chain of a VP-SDE on t_i = i/n.
 
-    "exact": `log alpha_i = -(B_i - B_{i-1})`, marginals equal to the SDE's. "euler": `beta_i = beta(t_i)/n`, first order in 1/n.
+    "exact": `log alpha_i = -(B_i - B_{i-1})` with `B_0 = 0`, marginals equal to the SDE's.
+    "euler": `beta_i = beta(t_i)/n`, first order in 1/n.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"expected a number of steps n >= 1, found {n!r}")
-    t = torch.arange(n + 1, dtype=torch.float64) / n
+    t = _nodes(n)[1:]
     if rule == "exact":
-        return DDPM.from_log_alphas(-sde.B(t).diff())
+        B = sde.B(t)
+        return DDPM.from_log_alphas(-torch.diff(B, prepend=B.new_zeros(1)))
     if rule != "euler":
         raise ValueError(f"expected rule 'exact' or 'euler', found {rule!r}")
-    betas = sde.beta(t[1:]) / n
-    if not bool((betas < 1).all()):
+    rates = sde.beta(t)
+    if not bool((rates < n).all()):
         raise ValueError(
-            f"the Euler rule beta(t)/n needs beta < 1, found {betas.max().item():.4g} at n={n}: take at least {int(sde.beta(t).max().item()) + 1} steps or rule='exact'"
+            f"expected beta(t)/n < 1 for the Euler rule, found {rates.max().item() / n:.4g} at n={n}; "
+            f"take at least {int(sde.beta(_nodes(1000)).max().item()) + 1} steps, or rule='exact'"
         )
-    return DDPM(betas)
+    return DDPM(rates / n)
+
+
+def _nodes(n: int) -> Tensor:
+    """The times 0, 1/n, ..., 1."""
+    return torch.arange(n + 1, dtype=torch.float64) / n
+
+
+def _extremes(index: Tensor) -> str:
+    return f"{int(index.min())}..{int(index.max())}"

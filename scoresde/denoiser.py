@@ -4,7 +4,9 @@ With `x_t = alpha x_0 + sigma eps` every other target of a network is a fixed li
 
     noise = (x - alpha D)/sigma,   score = -noise/sigma,   velocity = alpha noise - sigma D
 
-(score: Tweedie's formula, Robbins 1956, Efron 2011; velocity: Salimans and Ho 2022, arXiv:2202.00512). All views are conditional expectations given x_t.
+(score: Tweedie's formula, Robbins 1956, Efron 2011; velocity: Salimans and Ho 2022, arXiv:2202.00512). All
+views are conditional expectations given x_t. A view that is not determined (noise at sigma = 0, the data from
+predicted noise at alpha = 0) raises ValueError where the host knows the times.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .schedules import Tabulated, Time, wide
+from .schedules import Tabulated, Time, holds, wide
 from .sde import LinearSDE, like
 
 Pair = tuple[Tensor, Tensor]
@@ -24,7 +26,10 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network predicts: `F = p x_0 + q eps`, and `c_in`, the factor on its input; each a function of (alpha, sigma) in float64."""
+    """What a network predicts: `F = p x_0 + q eps`, and `c_in`, the factor on its input.
+
+    `pq` and `c_in` are functions of (alpha, sigma) in float64.
+    """
 
     name: str
     pq: Callable[[Tensor, Tensor], Pair]
@@ -32,7 +37,8 @@ class Prediction:
     config: tuple[tuple[str, float], ...] = ()
 
     def __repr__(self) -> str:
-        return self.name if not self.config else f"{self.name}({', '.join(f'{k}={v}' for k, v in self.config)})"
+        options = ", ".join(f"{key}={value}" for key, value in self.config)
+        return f"{self.name}({options})" if options else self.name
 
 
 def _zero(alpha: Tensor) -> Tensor:
@@ -51,11 +57,12 @@ SCORE = Prediction("score", lambda alpha, sigma: (_zero(alpha), -1 / sigma))
 PREDICTIONS = {p.name: p for p in (DATA, NOISE, VELOCITY, FLOW, SCORE)}
 
 
-def Karras(sigma_data: float = 0.5) -> Prediction:  # noqa: N802
-    """EDM preconditioning `D = c_skip x + c_out F(c_in x)` for data of standard deviation `sigma_data` (Karras et al. 2022, arXiv:2206.00364, table 1).
+def Karras(sigma_data: float = 0.5) -> Prediction:
+    """EDM preconditioning `D = c_skip x + c_out F(c_in x)` for data of standard deviation `sigma_data`.
 
-    For any alpha, with `S = sigma^2 + alpha^2 sigma_data^2`:
-    c_skip = alpha sigma_data^2/S, c_out = sigma sigma_data/S^(1/2), c_in = 1/S^(1/2), so input and target both have unit variance.
+    Karras et al. 2022, arXiv:2206.00364, table 1; for any alpha, with `S = sigma^2 + alpha^2 sigma_data^2`:
+    c_skip = alpha sigma_data^2/S, c_out = sigma sigma_data/S^(1/2), c_in = 1/S^(1/2), so input and target
+    both have unit variance.
     """
     if not sigma_data > 0:
         raise ValueError(f"expected sigma_data > 0, found {sigma_data}")
@@ -68,18 +75,34 @@ def Karras(sigma_data: float = 0.5) -> Prediction:  # noqa: N802
         root = spread(alpha, sigma)
         return sigma / (sigma_data * root), -alpha * sigma_data / root
 
-    return Prediction("Karras", pq, lambda alpha, sigma: 1 / spread(alpha, sigma), (("sigma_data", sigma_data),))
+    def c_in(alpha: Tensor, sigma: Tensor) -> Tensor:
+        return 1 / spread(alpha, sigma)
+
+    return Prediction("Karras", pq, c_in, (("sigma_data", sigma_data),))
+
+
+def determined(a: Tensor, b: Tensor, t: Tensor, what: str) -> Pair:
+    """(a, b) if finite. Raises ValueError at the first time where they are not, if the host knows them."""
+    known = a.isfinite() & b.isfinite()
+    if not holds(known):
+        first = t.expand_as(known)[~known].flatten()[0].item()
+        raise ValueError(
+            f"expected times at which {what} is determined, found t={first}: without signal (alpha = 0) "
+            "noise says nothing of the data, without noise (sigma = 0) the data say nothing of it. "
+            "Keep away from that end, or use a network that predicts data, velocity or flow"
+        )
+    return a, b
 
 
 def view(target: Prediction, source: Prediction, alpha: Tensor, sigma: Tensor) -> Pair:
-    """(a, b) with `target = a x + b source`, for quantities `p x_0 + q eps` and `x = alpha x_0 + sigma eps`."""
+    """(a, b) with `target = a x + b source`, all of the form `p x_0 + q eps`, x being (alpha, sigma)."""
     (p, q), (p_new, q_new) = source.pq(alpha, sigma), target.pq(alpha, sigma)
     determinant = q * alpha - p * sigma
     return (q * p_new - p * q_new) / determinant, (alpha * q_new - sigma * p_new) / determinant
 
 
 class Rows(NamedTuple):
-    """A denoiser prepared for the times of a solver: `D(x, t_k) = a_k x + b_k evaluate(x, k)`, with host floats a, b."""
+    """A denoiser prepared for a solver's times: `D(x, t_k) = a_k x + b_k evaluate(x, k)`, a, b floats."""
 
     evaluate: Callable[[Tensor, int], Tensor]
     a: list[float]
@@ -87,7 +110,10 @@ class Rows(NamedTuple):
 
 
 class BaseDenoiser(nn.Module):
-    """`model(x, t, **cond) = E[x_0 | x_t = x]`; `x` has shape (B, ...), `t` is a float or has shape () or (B,). Subclasses define `forward`."""
+    """`model(x, t, **cond) = E[x_0 | x_t = x]`, for `x` (B, ...) and `t` a float or of shape () or (B,).
+
+    Subclasses define `forward`.
+    """
 
     sde: LinearSDE
 
@@ -105,8 +131,9 @@ class BaseDenoiser(nn.Module):
 
     def as_view(self, target: Prediction, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """The view `target` of this denoiser at x, t."""
-        a, b = view(target, DATA, self.sde.alpha(t), self.sde.sigma(t))
-        return like(a.to(x.device), x) * x + like(b.to(x.device), x) * self(x, t, **cond)
+        t = wide(t)
+        a, b = determined(*view(target, DATA, self.sde.alpha(t), self.sde.sigma(t)), t, target.name)
+        return like(a, x) * x + like(b, x) * self(x, t, **cond)
 
     def noise(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """E[eps | x_t] = (x - alpha D)/sigma."""
@@ -120,8 +147,15 @@ class BaseDenoiser(nn.Module):
         """E[alpha eps - sigma x_0 | x_t]."""
         return self.as_view(VELOCITY, x, t, **cond)
 
+    def flow(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """E[eps - x_0 | x_t]."""
+        return self.as_view(FLOW, x, t, **cond)
+
     def rows(self, times: Tensor, x: Tensor) -> Rows:
-        """Prepare evaluation at the float64 host `times` (K,) for states like `x`. `evaluate(x, k)` is free of host-device traffic."""
+        """Prepare evaluation at the float64 host `times` (K,) for states like `x`.
+
+        `evaluate(x, k)` is free of host-device traffic.
+        """
         clock = times.to(x.device)
         return Rows(lambda state, k: self(state, clock[k]), [0.0] * len(times), [1.0] * len(times))
 
@@ -164,10 +198,12 @@ class Conditioned(BaseDenoiser):
 class Denoiser(BaseDenoiser):
     """A network as a denoiser.
 
-    `network(input, time, **cond)` gets `c_in x` (B, ...) in its own dtype and `time` (B,) in float32 or wider, and returns `F = p x_0 + q eps`:
+    `network(input, time, **cond)` gets `c_in x` (B, ...) in its own dtype and `time` (B,) in float32 or
+    wider, and returns `F = p x_0 + q eps`, shaped like its input. The pair (p, q) is chosen by
 
-    predicts    "noise" (0, 1) | "data" (1, 0) | "velocity" (-sigma, alpha) | "flow" (-1, 1) | "score" (0, -1/sigma) | `Karras(sigma_data)`
-    time_input  "t" | "log_snr" | "index" (t N - 1, the label 0..N-1 of Ho et al.; N is the table's, or 1000)
+    predicts    "noise" (0, 1) | "data" (1, 0) | "velocity" (-sigma, alpha) | "flow" (-1, 1)
+                | "score" (0, -1/sigma) | `Karras(sigma_data)`
+    time_input  "t" | "log_snr" | "index" (t N - 1, Ho's label 0..N-1; N is the table's, or 1000)
 
     Raises ValueError for other words.
     """
@@ -177,7 +213,9 @@ class Denoiser(BaseDenoiser):
     ) -> None:
         super().__init__()
         if not isinstance(predicts, Prediction) and predicts not in PREDICTIONS:
-            raise ValueError(f"expected predicts to be one of {sorted(PREDICTIONS)} or Karras(sigma_data), found {predicts!r}")
+            raise ValueError(
+                f"expected predicts in {sorted(PREDICTIONS)} or Karras(sigma_data), found {predicts!r}"
+            )
         if time_input not in TIME_INPUTS:
             raise ValueError(f"expected time_input to be one of {sorted(TIME_INPUTS)}, found {time_input!r}")
         self.network, self.sde, self.time_input = network, sde, time_input
@@ -188,31 +226,36 @@ class Denoiser(BaseDenoiser):
 
     def _label(self, t: Tensor) -> Tensor:
         """What the network gets for time, at the float64 `t`."""
-        return TIME_INPUTS[self.time_input](self.sde, t)
+        label = TIME_INPUTS[self.time_input](self.sde, t)
+        if not holds(label.isfinite()):
+            raise ValueError("expected times of finite log-SNR, found alpha or sigma = 0; use time_input='t'")
+        return label
 
     def _call(self, x: Tensor, c_in: Tensor | float, label: Tensor, **cond: Any) -> Tensor:
         """F in the dtype of x, from a network of any dtype."""
         dtype = self.dtype
         time = label.to(torch.promote_types(dtype, torch.float32)).expand(len(x))
         out = self.network((x * c_in).to(dtype), time, **cond)
-        if out.shape != x.shape:
-            raise ValueError(f"expected the network to return shape {tuple(x.shape)}, like its input; found {tuple(out.shape)}")
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if found != tuple(x.shape):
+            raise ValueError(f"expected the network to return the input's {tuple(x.shape)}, found {found}")
         return out.to(x.dtype)
 
     def raw(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """The network's own output `F(c_in x, t)`, in the dtype of x."""
-        t = wide(t).to(x.device)
-        return self._call(x, like(self.predicts.c_in(self.sde.alpha(t), self.sde.sigma(t)), x), self._label(t), **cond)
+        t = wide(t)
+        c_in = self.predicts.c_in(self.sde.alpha(t), self.sde.sigma(t))
+        return self._call(x, like(c_in, x), self._label(t).to(x.device), **cond)
 
     def target(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
         """What F should be: `p x_0 + q eps`."""
-        t = wide(t).to(x0.device)
         p, q = self.predicts.pq(self.sde.alpha(t), self.sde.sigma(t))
         return like(p, x0) * x0 + like(q, x0) * eps
 
     def as_view(self, target: Prediction, x: Tensor, t: Time, **cond: Any) -> Tensor:
-        t = wide(t).to(x.device)
-        a, b = view(target, self.predicts, self.sde.alpha(t), self.sde.sigma(t))
+        t = wide(t)
+        pair = view(target, self.predicts, self.sde.alpha(t), self.sde.sigma(t))
+        a, b = determined(*pair, t, f"{target.name} from predicted {self.predicts.name}")
         return like(a, x) * x + like(b, x) * self.raw(x, t, **cond)
 
     def forward(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
@@ -220,19 +263,18 @@ class Denoiser(BaseDenoiser):
 
     def rows(self, times: Tensor, x: Tensor, **cond: Any) -> Rows:
         alpha, sigma = self.sde.alpha(times), self.sde.sigma(times)
-        a, b = view(DATA, self.predicts, alpha, sigma)
-        if not bool((a.isfinite() & b.isfinite()).all()):
-            raise ValueError(
-                f"expected a prediction that determines x_0 at every time, found predicts={self.predicts} at t={times[0].item()}, where alpha="
-                f"{alpha[0].item()}: with no signal left, noise does not determine the data. Use a network that predicts data, velocity or flow, or start later"
-            )
+        what = f"data from predicted {self.predicts.name}"
+        a, b = determined(*view(DATA, self.predicts, alpha, sigma), times, what)
         labels, c_in = self._label(times).to(x.device), self.predicts.c_in(alpha, sigma).tolist()
         return Rows(lambda state, k: self._call(state, c_in[k], labels[k], **cond), a.tolist(), b.tolist())
 
 
 def _index(sde: LinearSDE, t: Tensor) -> Tensor:
     schedule = getattr(sde, "schedule", None)
-    return t * (schedule.steps if isinstance(schedule, Tabulated) else 1000) - 1
+    steps = schedule.steps if isinstance(schedule, Tabulated) else 1000
+    label, nearest = t * steps - 1, (t * steps).round() - 1
+    # i/N N need not round to i: the label of a node is an integer all the same.
+    return torch.where((label - nearest).abs() < 1e-14 * steps, nearest, label)
 
 
 TIME_INPUTS: dict[str, Callable[[LinearSDE, Tensor], Tensor]] = {

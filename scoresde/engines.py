@@ -153,11 +153,12 @@ class Rotated:
         def nothing() -> Tensor:
             return torch.zeros_like(x[..., 0])
 
-        if self.floor is None:
+        floor = self.floor
+        if floor is None:
             return Terms(self.log_w - 0.5 * (quadratic + log_det), nothing, data, pull)
 
         rest = x.unsqueeze(-2) - a * self.means - torch.einsum("...kr,kdr->...kd", z, self.basis)
-        F = (alpha**2 * self.floor + var).clamp_min(TINY)
+        F = (alpha**2 * floor + var).clamp_min(TINY)
         D, rank = x.shape[-1], self.values.shape[-1]
         quadratic, log_det = quadratic + rest.square().sum(-1) / F, log_det + (D - rank) * F.log()
 
@@ -167,7 +168,7 @@ class Rotated:
         return Terms(
             self.log_w - 0.5 * (quadratic + log_det),
             nothing,
-            lambda r: add_rest(r, data(r), alpha * self.floor / F),  # pyright: ignore[reportOptionalOperand]
+            lambda r: add_rest(r, data(r), alpha * floor / F),
             lambda r: add_rest(r, pull(r), 1 / F),
         )
 

@@ -1,11 +1,10 @@
-"""Exact data laws: Gaussians, Gaussian mixtures and weighted points, with everything the forward process
-makes of them.
+"""Exact data laws: Gaussians, Gaussian mixtures and weighted points, and their laws under noise.
 
-If x_0 ~ sum_k w_k N(m_k, S_k) then x_t = alpha x_0 + sigma eps ~ sum_k w_k N(alpha m_k, V_k), V_k = alpha^2
-S_k + sigma^2 I, and
+If x_0 ~ sum_k w_k N(m_k, S_k) then x_t = alpha x_0 + sigma eps has the law
 
-    E[x_0 | x_t = x] = sum_k r_k(x) (m_k + alpha S_k V_k^-1 (x - alpha m_k)),   r_k(x) proportional to w_k
-    N(x; alpha m_k, V_k)
+    p_t = sum_k w_k N(alpha m_k, V_k),   V_k = alpha^2 S_k + sigma^2 I,
+    E[x_0 | x_t = x] = sum_k r_k (m_k + alpha S_k V_k^-1 (x - alpha m_k)),
+    r_k = w_k N(x; alpha m_k, V_k) / p_t(x).
 
 All arithmetic is float64 on the law's device; results are cast to the dtype of the argument at the end.
 """
@@ -46,7 +45,7 @@ class Law:
     ) -> None:
         if means.numel() == 0:
             raise ValueError(
-                f"expected at least one component and one dimension, found means of shape {tuple(means.shape)}"
+                f"expected at least one component and one dimension, found shape {tuple(means.shape)}"
             )
         self._log_w, self._means, self._spectrum = log_w, means, spectrum
         self._event, self._dtype = event, dtype
@@ -59,7 +58,8 @@ class Law:
     def __repr__(self) -> str:
         K = len(self._means)
         what = f"{K} x {self._spectrum.kind}" if K > 1 else self._spectrum.kind
-        return f"{type(self).__name__}(event_shape={self._event}, cov={what}, dtype={self._dtype}, device={self.device})"
+        where = f"dtype={self._dtype}, device={self.device}"
+        return f"{type(self).__name__}(event_shape={self._event}, cov={what}, {where})"
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -86,12 +86,12 @@ class Law:
         return self._log_w.exp()
 
     @property
-    def means(self) -> Float[Tensor, "k *event"]:
+    def means(self) -> Float[Tensor, "k ..."]:
         """Means of the components, float64."""
         return self._means.reshape(-1, *self._event).clone()
 
     @property
-    def mean(self) -> Float[Tensor, "*event"]:
+    def mean(self) -> Tensor:
         """E[x], of the event's shape, float64."""
         return (self.weights @ self._means).reshape(self._event)
 
@@ -109,7 +109,7 @@ class Law:
         return within + (self.weights[:, None] * d).mT @ d
 
     @property
-    def variance(self) -> Float[Tensor, "*event"]:
+    def variance(self) -> Tensor:
         """Var[x] of every coordinate, of the event's shape, float64."""
         d = self._means - self.weights @ self._means
         return (self.weights @ (self._spectrum.diagonal() + d**2)).reshape(self._event)
@@ -131,7 +131,7 @@ class Law:
         moved._dtype = dtype
         return moved
 
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "n *event"]:
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "n ..."]:
         """n independent draws; the generator, if given, lives on the law's device."""
         k = torch.zeros(n, dtype=torch.long, device=self.device)
         if len(self._means) > 1 and n > 0:
@@ -140,12 +140,13 @@ class Law:
         x = self._means[k] + self._spectrum.color(z, k)
         return x.reshape(n, *self._event).to(self._dtype)
 
-    def log_prob(self, x: Float[Tensor, "b *event"]) -> Float[Tensor, " b"]:
+    def log_prob(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
         """log p(x), nats. Raises ValueError if the law is degenerate (a variance is 0), for then there is no
         density."""
         if self._spectrum.singular:
             raise ValueError(
-                f"expected a law with a density, found {self} with a zero variance; use .marginal(sde, t) at a time with noise, or add variance"
+                f"expected a law with a density, found {self} with a zero variance;"
+                " use .marginal(sde, t) at a time with noise, or add variance"
             )
         one = torch.ones((), dtype=torch.float64, device=x.device)
         terms = self._engine().terms(self._flat(x), one, 0 * one)
@@ -187,7 +188,8 @@ class Law:
         y = y.reshape(1) if y.ndim == 0 else y
         if A.ndim != 2 or A.shape[1] != self.dim or y.shape != A.shape[:1]:
             raise ValueError(
-                f"expected y of shape (m,) and A of shape (m, {self.dim}), found shapes {tuple(y.shape)} and {tuple(A.shape)}"
+                f"expected y of shape (m,) and A of shape (m, {self.dim}),"
+                f" found shapes {tuple(y.shape)} and {tuple(A.shape)}"
             )
         if not 0 < float(noise_var) < math.inf:
             raise ValueError(f"expected noise_var > 0 and finite, found {noise_var}")
@@ -197,7 +199,8 @@ class Law:
         """x (B, *event) as float64 (B, D)."""
         if not x.is_floating_point() or x.shape[1:] != self._event or x.ndim != 1 + len(self._event):
             raise ValueError(
-                f"expected floating x of shape (B, {', '.join(map(str, self._event))}), found {x.dtype} of shape {tuple(x.shape)}"
+                f"expected floating x of shape (B, {', '.join(map(str, self._event))}),"
+                f" found {x.dtype} of shape {tuple(x.shape)}"
             )
         return x.double().reshape(len(x), self.dim)
 
@@ -251,7 +254,8 @@ class Gaussian(Law):
         v = real(values, "the eigenvalues", law.device)
         if v.shape != (law.dim,) or bool((v < 0).any()):
             raise ValueError(
-                f"expected eigenvalues >= 0 of shape ({law.dim},), found shape {tuple(v.shape)} and least value {v.min().item()}"
+                f"expected eigenvalues >= 0 of shape ({law.dim},),"
+                f" found shape {tuple(v.shape)} and least value {v.min().item()}"
             )
         if basis is None:
             return law._make(cls, law._log_w, law._means, Spectrum(law.dim, v[None]))
@@ -259,7 +263,8 @@ class Gaussian(Law):
         eye = torch.eye(law.dim, dtype=torch.float64, device=law.device)
         if Q.shape != eye.shape or bool((Q.mT @ Q - eye).abs().max() > 1e-8):
             raise ValueError(
-                f"expected an orthonormal basis of shape {tuple(eye.shape)}, found shape {tuple(Q.shape)}, or columns not orthonormal"
+                f"expected orthonormal columns of shape {tuple(eye.shape)},"
+                f" found shape {tuple(Q.shape)}, or columns that are not orthonormal"
             )
         return law._make(cls, law._log_w, law._means, Spectrum(law.dim, v[None], Q[None]))
 
@@ -296,7 +301,7 @@ class Empirical(Law):
         super().__init__(log_w, x.reshape(N, -1), Spectrum(math.prod(event), zero), event)
 
     @property
-    def points(self) -> Float[Tensor, "n *event"]:
+    def points(self) -> Float[Tensor, "n ..."]:
         """The points, float64."""
         return self.means
 
@@ -321,7 +326,7 @@ class ExactDenoiser(BaseDenoiser):
     def __init__(self, law: Law, sde: LinearSDE) -> None:
         super().__init__()
         self.sde = sde
-        # An empty buffer carries device and dtype, for `device`, `dtype` and wrappers; the law itself must not be cast.
+        # An empty buffer carries device and dtype, also for wrappers; the law itself must not be cast.
         self.register_buffer("state", torch.empty(0, dtype=law.dtype, device=law.device), persistent=False)
         self._place(law)
 
@@ -341,16 +346,16 @@ class ExactDenoiser(BaseDenoiser):
         flat, t = self.law._flat(x), wide(t).to(x.device)
         return self._engine.terms(flat, like(self.sde.alpha(t), flat), like(self.sde.sigma(t) ** 2, flat))
 
-    def forward(self, x: Float[Tensor, "b *event"], t: Time) -> Float[Tensor, "b *event"]:
+    def forward(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, "b ..."]:
         terms = self._terms(x, t)
         return terms.data(terms.logits.softmax(-1)).reshape(x.shape).to(x.dtype)
 
-    def score(self, x: Float[Tensor, "b *event"], t: Time) -> Float[Tensor, "b *event"]:
+    def score(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, "b ..."]:
         """grad log p_t(x) = -sum_k r_k V_k^-1 (x - alpha m_k)."""
         terms = self._terms(x, t)
         return -terms.pull(terms.logits.softmax(-1)).reshape(x.shape).to(x.dtype)
 
-    def log_prob(self, x: Float[Tensor, "b *event"], t: Time) -> Float[Tensor, " b"]:
+    def log_prob(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, " b"]:
         """log p_t(x), nats; NaN at sigma = 0 if the law is degenerate."""
         log_p = _log_density(self._terms(x, t), self.law.dim)
         if self._singular:

@@ -9,8 +9,8 @@ With G and `mix` the odd increment and the finaliser of SplitMix64, all integers
     base_l = mix(s_l + G id)
     k_l    = mix(base_l + G row)
     w_j    = mix(k_0 + G j), k_1 xor-ed in half way      one word for the elements 2j and 2j + 1
-    r_j    = sqrt(-2 log((upper 40 bits of w_j + 1/2) / 2^40)),  at most 7.54
-    a_j    = 2 pi (lower 24 bits of w_j + 1/2) / 2^24
+    r_j    = sqrt(-2 log u_j), at most 7.54;  u_j = 1/2 + (upper 40 bits of w_j, signed, + 1/2) / 2^40
+    a_j    = 2 pi (lower 24 bits of w_j, unsigned, + 1/2) / 2^24
     z_2j, z_2j+1 = r_j cos(a_j), r_j sin(a_j)            (Box and Muller 1958)
 
 `mix` is a bijection, so streams that differ in only one of seed, id and row differ in both keys; k_1 enters
@@ -93,7 +93,7 @@ def _words(keys: Tensor, first: int, count: int) -> Tensor:
 
 def _box_muller(words: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent float64 normals for each word."""
-    # The arithmetic shift gives the upper bits minus 2^39. Every value of u is exact, and none is 0 or 1.
+    # Every value of u is exact in float64, and none is 0 or 1.
     upper = (words >> _ANGLE_BITS).to(torch.float64)
     u = upper.mul_(2.0**-_RADIUS_BITS).add_(0.5 + 0.5 * 2.0**-_RADIUS_BITS)
     radius = u.log_().mul_(-2.0).sqrt_()
@@ -120,7 +120,7 @@ def _weighted_sum(weights: Tensor, z: Tensor) -> Tensor:
     n = len(z)
     while n > 1:
         half = n // 2
-        z[:half] += z[n - half : n]
+        z[:half].add_(z[n - half : n])
         n -= half
     return z[0]
 
@@ -213,16 +213,14 @@ class Noise:
             ids = torch.arange(_integer(batch, "batch", 0, 2**63), device="cpu")
         ids = _checked_ids(ids, device)
         if batch not in (None, len(ids)):
-            raise ValueError(
-                f"expected {batch} ids for batch={batch}, found {len(ids)}; leave out one of them"
-            )
+            raise ValueError(f"expected {batch} ids for batch={batch}, found {len(ids)}; pass one of the two")
         return cls(seed, ids, ids.device, dtype or torch.get_default_dtype(), offset)
 
     def __call__(self, row: int | Tensor, shape: Sequence[int]) -> Float[Tensor, "b ..."]:
         """Standard normals of `shape` (B, ...), contiguous, for a row with 0 <= offset + row < 2^63.
 
-        The row may be an int64 tensor of shape () or (B,) on the noise's device: a counter that lives there, or
-        samples that are at different rows. It is not read back, so its range is the caller's care.
+        The row may be an int64 tensor of shape () or (B,) on the noise's device: a counter that lives there,
+        or samples that are at different rows. It is not read back, so its range is the caller's care.
         """
         return self._normals(self._row(row), shape)
 
@@ -327,9 +325,7 @@ class BrownianPath:
 
     def _position(self, c: float | Tensor) -> Tensor:
         """u(c) in float64, shape (1,) or (B,); NaN for a clock value outside."""
-        values = (
-            c.detach() if isinstance(c, Tensor) else torch.tensor(float(c), dtype=torch.float64, device="cpu")
-        )
+        values = c.detach() if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64, device="cpu")
         values = values.double()
         if tuple(values.shape) not in ((), (len(self.source.ids),)):
             expected = f"() or ({len(self.source.ids)},), one for each sample"

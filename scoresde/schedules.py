@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ def holds(condition: Tensor) -> bool:
         return True
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """What an SDE needs of a schedule; all three take and return float64 tensors of one shape."""
 
@@ -85,8 +86,8 @@ class Linear:
 class Cosine:
     """`alpha_bar(t) = cos^2(u(t)) / cos^2(u(0))`, u linear in t.
 
-    Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17. The paper's angle reaches pi/2 at t = 1, where the signal
-    vanishes. Here it stops just short of it, at the stated `log_snr(1) = log_snr_min` (half-log-SNR
+    Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17. The paper's angle reaches pi/2 at t = 1, where the
+    signal vanishes. Here it stops just short of it, at the stated `log_snr(1) = log_snr_min` (half-log-SNR
     `lam(1) = log_snr_min / 2`); `u(0) = s/(1 + s) pi/2` as in the paper.
     """
 
@@ -136,9 +137,10 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """`1 - alpha_bar(t)` proportional to `sigmoid(w(t)) - sigmoid(w(0))`, `w = (start + t (end - start)) / tau`.
+    """`1 - alpha_bar(t)` proportional to `sigmoid(w(t)) - sigmoid(w(0))`, w from start/tau to end/tau.
 
-    Jabri et al. 2022, arXiv:2212.11972; scaled so that `log_snr(1) = log_snr_min` is finite.
+    `w(t) = (start + t (end - start))/tau` (Jabri et al. 2022, arXiv:2212.11972), scaled so that
+    `log_snr(1) = log_snr_min` is finite.
     """
 
     start: float = -3.0

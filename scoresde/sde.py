@@ -1,8 +1,8 @@
-"""Linear stochastic differential equations `dx = f(t) x dt + g(t) dw` with `x_t = alpha(t) x_0 + sigma(t) eps`.
+"""Linear stochastic differential equations `dx = f(t) x dt + g(t) dw`; `x_t = alpha(t) x_0 + sigma(t) eps`.
 
 Schedule quantities are float64 whatever the caller's dtype; what mixes with `x` (`marginal`, `drift`,
-`bridge`, scores) is cast to `x.dtype` at the end. Times may have shape `()` or `(B,)`. Negative times and s >
-t raise ValueError where the host knows the values (numbers and CPU tensors).
+`bridge`, scores) is cast to `x.dtype` at the end. Times are floats or tensors of shape `()` or `(B,)`.
+Negative times, and s > t, raise ValueError where the host knows the values (numbers and CPU tensors).
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ if TYPE_CHECKING:
 
 
 def like(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient of shape () or (B,) on the device and in the dtype of `x` (B, ...), shaped to multiply
-    it.
-    """
+    """A coefficient of shape () or (B,), shaped to multiply `x` (B, ...), on its device and in its dtype."""
     if not x.is_floating_point():
-        raise TypeError(f"expected a state of a floating dtype, found {x.dtype}; scale integer data to floats first")
+        raise TypeError(f"expected a floating state, found {x.dtype}; scale integer data to floats first")
     cast = coefficient.to(x)
     if cast.ndim == 0:
         return cast
     if cast.ndim != 1 or len(cast) not in (1, len(x)):
-        raise ValueError(f"expected times of shape () or ({len(x)},), one per sample; found {tuple(cast.shape)}")
+        raise ValueError(f"expected times of shape () or ({len(x)},), found {tuple(cast.shape)}")
     return cast.view(-1, *[1] * (x.ndim - 1))
 
 
@@ -81,23 +79,21 @@ class LinearSDE:
         return self.alpha(t) / self.alpha(s)
 
     def innovation(self, s: Time, t: Time) -> Tensor:
-        """`std^2 = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2`, the variance that s -> t adds, without
-        cancellation.
-        """
+        """`std^2 = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2`, what s -> t adds, without cancellation."""
         raise NotImplementedError
 
     def transition(self, s: Time, t: Time) -> tuple[Tensor, Tensor]:
         """(a, std) of `x_t | x_s ~ N(a x_s, std^2)`, s <= t, with `a = alpha_t/alpha_s`; float64."""
-        if not holds(wide(s).to(wide(t).device) <= wide(t)):
+        if not holds(wide(s) <= wide(t)):
             raise ValueError(f"expected times s <= t, found s={s}, t={t}")
-        return self.scale(s, t), self.innovation(s, t).sqrt()
+        return self.scale(s, t), self.innovation(s, t).clamp_min(0).sqrt()
 
     def marginal(self, x0: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """Mean `alpha x_0` (B, ...) and standard deviation `sigma` (broadcastable to it) of `x_t | x_0`."""
         return like(self.alpha(t), x0) * x0, like(self.sigma(t), x0)
 
     def bridge(self, x0: Tensor, xt: Tensor, s: Time, t: Time) -> tuple[Tensor, Tensor]:
-        """Mean (B, ...) and standard deviation (broadcastable to it) of `x_s | x_0, x_t`, s <= t, by Bayes' rule.
+        """Mean (B, ...) and standard deviation (broadcastable to it) of `x_s | x_0, x_t`, s <= t (Bayes).
 
         mean = a sigma_s^2/sigma_t^2 x_t + alpha_s V/sigma_t^2 x_0, std = sigma_s V^(1/2)/sigma_t,
         with (a, V^(1/2)) = transition(s, t) (Ho et al. 2020, arXiv:2006.11239, eq. 7, for any s < t).
@@ -193,17 +189,19 @@ class VPSDE(LinearSDE):
     `VPSDE.from_betas`.
     """
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, *, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self, beta_min: float = 0.1, beta_max: float = 20.0, *, schedule: Schedule | None = None
+    ) -> None:
         self.schedule: Schedule = Linear(beta_min, beta_max) if schedule is None else schedule
 
     def __repr__(self) -> str:
-        table = isinstance(self.schedule, Tabulated)
-        shown = f"Tabulated(<{self.schedule.steps} steps>)" if table else repr(self.schedule)
+        S = self.schedule
+        shown = f"Tabulated(<{S.steps} steps>)" if isinstance(S, Tabulated) else repr(S)
         return f"{type(self).__name__}(schedule={shown})"
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Tensor) -> VPSDE:
-        """The process whose marginals at t = i/N are those of the DDPM chain; `sde.betas(N)` gives the table back.
+        """The process with the DDPM chain's marginals at t = i/N; `sde.betas(N)` gives the table back.
 
         `betas` has shape (N,), each strictly between 0 and 1; raises ValueError otherwise.
         """
@@ -250,8 +248,8 @@ class VPSDE(LinearSDE):
     def betas(self, n: int, rule: str = "exact") -> Tensor:
         """The (n,) float64 table of the n-step chain on t_i = i/n.
 
-        "exact" `1 - exp(-(B_i - B_{i-1}))`, or "euler" `beta(t_i)/n`. Raises ValueError for other words, and where the
-        Euler rule gives 1 or more.
+        "exact" `1 - exp(-(B_i - B_{i-1}))`, or "euler" `beta(t_i)/n`. Raises ValueError for other words, and
+        where the Euler rule gives 1 or more.
         """
         return self.chain(n, rule).betas
 
@@ -285,7 +283,7 @@ class SubVPSDE(VPSDE):
         return -torch.expm1(half) * (1 + a * (-B).exp()) * (self.sigma(t) + a * self.sigma(s))
 
     def chain(self, n: int, rule: str = "exact") -> DDPM:
-        raise TypeError("expected a VP-SDE to discretize, found a sub-VP-SDE; use VPSDE(schedule=sde.schedule)")
+        raise TypeError("expected a VP-SDE to discretize, found sub-VP; use VPSDE(schedule=sde.schedule)")
 
 
 @dataclass(frozen=True)
@@ -379,8 +377,8 @@ class EDM(LinearSDE):
 class Rectified(LinearSDE):
     """`alpha = 1 - t`, `sigma = t` (Liu et al. 2023, arXiv:2209.03003; Lipman et al. 2023, arXiv:2210.02747).
 
-    No signal is left at t = 1, where the rates of the SDE are infinite: start the reverse SDE in t a little below. The
-    probability-flow field is finite there.
+    No signal is left at t = 1, where the rates of the SDE are infinite: start the reverse SDE in t a little
+    below. The probability-flow field is finite there.
     """
 
     def alpha(self, t: Time) -> Tensor:

@@ -168,8 +168,8 @@ def spectrum_of(
         return _full(S.reshape(count, dim, dim), eps)
     each = f" with {count} in front (one per component)" if lead else ""
     raise ValueError(
-        f"expected a covariance that is a scalar, has the event's shape {event} (diagonal), has shape {(dim, dim)} (full){each},"
-        f" or is a LowRank; found shape {tuple(S.shape)}"
+        f"expected a covariance that is a scalar, has the event's shape {event} (diagonal), has shape"
+        f" {(dim, dim)} (full){each}, or is a LowRank; found shape {tuple(S.shape)}"
     )
 
 
@@ -185,7 +185,7 @@ def _full(S: Tensor, eps: float) -> Spectrum:
     skew = (S - S.mT).abs().amax((-2, -1))
     if bool((skew > rounding).any()):
         raise ValueError(
-            f"expected symmetric covariances, found |S - S^T| up to {skew.max().item():.3g}; use (S + S.T) / 2"
+            f"expected symmetric covariances, found |S - S^T| = {skew.max().item():.3g}; use (S + S.T) / 2"
         )
     values, basis = torch.linalg.eigh((S + S.mT) / 2)
     if bool((values < -rounding[:, None]).any()):
@@ -202,8 +202,8 @@ def _low_rank(cov: LowRank, lead: tuple[int, ...], dim: int, device: torch.devic
     floor, factor = real(cov.variance, "the variance", device), real(cov.factor, "the factor", device)
     if floor.shape not in ((), lead) or factor.ndim != len(lead) + 2 or factor.shape[:-1] != (*lead, dim):
         raise ValueError(
-            f"expected LowRank(variance, factor) with a scalar variance{' or one per component' if lead else ''} and a factor of shape"
-            f" {(*lead, dim, 'r')}, found shapes {tuple(floor.shape)} and {tuple(factor.shape)}"
+            f"expected LowRank(variance, factor) with variance of shape () {f'or {lead} ' if lead else ''}and"
+            f" factor of shape {(*lead, dim, 'r')}, found shapes {tuple(floor.shape)} and {tuple(factor.shape)}"
         )
     floor = _non_negative(floor.expand(lead).reshape(count))
     basis, roots, _ = torch.linalg.svd(factor.reshape(count, dim, -1), full_matrices=False)

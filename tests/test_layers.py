@@ -27,6 +27,7 @@ STANDS_ON: dict[str, list[str]] = {
     "noise": [],
     "networks": [],
     "spectrum": [],
+    "engines": ["spectrum"],
     "metrics": [],
     "sde": ["schedules"],
     "ddpm": ["sde"],
@@ -34,7 +35,7 @@ STANDS_ON: dict[str, list[str]] = {
     "denoiser": ["sde"],
     "energy": ["denoiser"],
     "guidance": ["denoiser"],
-    "laws": ["sde", "denoiser", "spectrum"],
+    "laws": ["sde", "denoiser", "engines"],
     "tableau": ["laws", "noise", "sde"],
     "solvers": ["tableau", "grids", "denoiser", "ddpm"],
     "sampling": ["solvers", "grids", "noise"],
@@ -48,7 +49,7 @@ STANDS_ON: dict[str, list[str]] = {
     "testing": [*_WORKSHOP, "select", "train", "interop", "plots"],
     "cli": [*_WORKSHOP, "select", "train", "interop", "plots"],
 }
-TORCH_ONLY = {"schedules", "noise", "networks", "spectrum"}
+TORCH_ONLY = {"schedules", "noise", "networks", "spectrum", "engines"}
 
 # What may be imported while a module is imported: light, or there anyway since torch imports it.
 LIGHT = {"torch", "jaxtyping", "numpy", "safetensors", "tqdm"}

@@ -170,6 +170,7 @@ def test_embeddings_are_wide_whatever_autocast_and_casts_do(embed, device):
     assert inside.dtype == torch.float32
     assert torch.equal(inside, expected)
     assert torch.equal(embed(time), expected)  # integers
+    assert torch.equal(embed(time.bfloat16()), embed(time.bfloat16().float()))
     assert embed(time.double()).dtype == torch.float64
     narrow = embed.to(torch.bfloat16)
     assert torch.equal(narrow(time.float()), expected)
@@ -217,10 +218,10 @@ def test_conditioning_is_the_formula(device):
 # --- Blocks -------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 400))
-def test_groups_divide(channels):
-    fits = [g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 4)]
-    assert groups(channels) == max(fits)
+def test_groups_divide():
+    for channels in range(1, 520):
+        fits = [g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 4)]
+        assert groups(channels) == max(fits)
 
 
 def normalised(x, weight=None, bias=None):
@@ -478,16 +479,8 @@ def test_null_class(kind, config, device, dtype):
     mixed = torch.tensor([-1, 4, 0, -1], device=device)
     out = net(x, time, mixed, vector)
     assert_close(out[[0, 3]], net(x, time, None, vector)[[0, 3]], TOLERANCE[dtype])
-    assert (
-        float(
-            (out - net(x, time, None, vector))
-            .detach()[[1, 2]]
-            .abs()
-            .amax(dim=tuple(range(1, out.ndim)))
-            .min()
-        )
-        > 1e-3
-    )
+    moved = (out - net(x, time, None, vector)).detach().flatten(1).abs().amax(1)
+    assert float(moved[1:3].min()) > 1e-3
     assert torch.equal(out, net(x, time, mixed.int(), vector))
 
 

@@ -19,8 +19,7 @@ from ..grids import Grid
 from ..sde import LinearSDE
 from ..tableau import Tableau
 from .base import Card, TableSolver
-from .exponential import singular_step
-from .weights import STORED, step_weights
+from .weights import STORED, singular_step, step_weights
 
 
 class Stage(NamedTuple):
@@ -81,22 +80,25 @@ HEUN = (Stage(1.0, (0,)), Stage(1.0, (0, 1)))
 MIDPOINT = (Stage(0.5, (0,)), Stage(1.0, (1,)))
 
 
-def singlestep(name: str, order: int, stages: tuple[Stage, ...], stored: str, variable: str = "lam", options: tuple = (), reference: str = "") -> TableSolver:
-    """A deterministic singlestep solver as a named preset."""
-    properties = {"clock_free", "scale_covariant"} | ({"marginal_exact"} if stored == "data" else set())
-    card = Card(order, None, len(stages), False, reference, frozenset(properties), memory=len(stages))
+def singlestep_solver(
+    name: str, order: int, stages: tuple[Stage, ...], stored: str, variable: str = "lam", tau: float = 0.0, options: tuple = (), reference: str = ""
+) -> TableSolver:
+    """A singlestep solver as a named preset."""
+    stochastic = tau > 0
+    properties = frozenset({"clock_free", "scale_covariant", "marginal_exact"} - ({"marginal_exact"} if stochastic and stored != "data" else set()))
+    card = Card(None if stochastic else order, order if stochastic else None, len(stages), stochastic, reference, properties, memory=len(stages))
 
     def build(sde: LinearSDE, grid: Grid) -> Tableau:
-        return singlestep_table(sde, grid, stages, stored=stored, variable=variable, name=name)
+        return singlestep_table(sde, grid, stages, stored=stored, variable=variable, tau=tau, name=name)
 
     return TableSolver(name, build, card, options, calls=lambda steps: len(stages) * steps)
 
 
 def heun() -> TableSolver:
     """Heun's method on `d(x/alpha) = eps d(sigma/alpha)`: Euler to the end of the step, then the trapezoid (Karras et al. 2022, arXiv:2206.00364, algorithm 1). Second order, two calls a step."""
-    return singlestep("heun", 2, HEUN, "noise", "sigma/alpha", reference="Karras et al. 2022, arXiv:2206.00364")
+    return singlestep_solver("heun", 2, HEUN, "noise", "sigma/alpha", reference="Karras et al. 2022, arXiv:2206.00364")
 
 
 def midpoint() -> TableSolver:
     """The midpoint rule on `d(x/alpha) = eps d(sigma/alpha)`, the middle taken in lam (the "DPM-Solver-2" of Karras et al.'s comparison). Second order, two calls a step."""
-    return singlestep("midpoint", 2, MIDPOINT, "noise", "sigma/alpha", reference="Karras et al. 2022, arXiv:2206.00364")
+    return singlestep_solver("midpoint", 2, MIDPOINT, "noise", "sigma/alpha", reference="Karras et al. 2022, arXiv:2206.00364")

@@ -17,12 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..denoiser import DATA, FLOW, NOISE, VELOCITY, Prediction
+from ..denoiser import DATA, FLOW, NOISE, VELOCITY, Prediction, view
+from ..grids import Grid
 from ..sde import LinearSDE
 
 Tau = float | Callable[[Tensor], Tensor]
@@ -93,13 +95,50 @@ def lagrange(u: Tensor, nodes: Tensor) -> Tensor:
     return torch.stack(columns, 1)
 
 
+class Moments(NamedTuple):
+    """What a published rule may look at: positions `theta` (N, P) of the nodes (0 base, 1 target), moments `mu[k] = int W theta^k` (N,), the step `h` and the kernel at its end."""
+
+    theta: Tensor
+    mu: tuple[Tensor, Tensor, Tensor]
+    h: Tensor
+    end: Tensor
+
+
+# What public code puts in place of the coefficient of the highest divided difference, by number of nodes: the change against exact integration.
+RULES: dict[str, dict[int, Callable[[Moments], Tensor]]] = {
+    "exact": {},
+    "bh1": {2: lambda m: m.h * m.end / 2 - m.mu[1]},
+    "bh2": {2: lambda m: m.mu[0] / 2 - m.mu[1]},
+    "half3": {2: lambda m: m.mu[0] / 2 - m.mu[1], 3: lambda m: -m.mu[2] / 2},
+    "backward": {3: lambda m: m.theta[:, 1] * m.mu[1]},
+}
+
+# Adams-Bashforth on equidistant nodes, newest first; used by iPNDM and PLMS whatever the spacing.
+ADAMS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
 def step_weights(
-    sde: LinearSDE, s: Tensor, t: Tensor, nodes: Tensor, *, stored: str = "data", variable: str = "lam", tau: Tau | Tensor = 0.0
+    sde: LinearSDE,
+    s: Tensor,
+    t: Tensor,
+    nodes: Tensor,
+    *,
+    stored: str = "data",
+    variable: str = "lam",
+    tau: Tau | Tensor = 0.0,
+    rule: str = "exact",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(A, b, C)` of the steps `x_t = A x_s + sum_j b_j m_j + C z`, vectorised over N steps.
 
     s, t (N,) times of base and target, both with finite lam (t < s); nodes (N, P) times of the outputs m_j, past, present or future, with finite lam.
-    tau: a number, an (N,) tensor of one number per step, or a function of lam. Returns A (N,), b (N, P), C (N,) in float64.
+    tau: a number, an (N,) tensor of one number per step, or a function of lam. rule: "exact", or a published approximation of it:
+
+    bh1, bh2  UniPC's two-node weights (Zhao et al. 2023, arXiv:2302.04867): `mu_1` replaced by `h W(end)/2` or `mu_0/2`; bh2 is DPM-Solver's 2M
+    half3     DPM-Solver's 3M (Lu et al. 2022, arXiv:2211.01095): bh2, and the second divided difference weighted by half; second order only
+    backward  ER-SDE-3 (Cui et al. 2023, arXiv:2309.06169): the newest backward difference taken for the derivative; second order only
+    adams     iPNDM, PLMS (Liu et al. 2022, arXiv:2202.09778): Adams-Bashforth weights of an equidistant grid; second order off such grids
+
+    Returns A (N,), b (N, P), C (N,) in float64.
     """
     kind = STORED[stored]
     lam_s, lam_t, lam_nodes = (0.5 * sde.log_snr(v) for v in (s, t, nodes))
@@ -115,8 +154,23 @@ def step_weights(
     u = VARIABLES[variable]
     basis = lagrange(u(sde, lam, lam_s[:, None]), u(sde, lam_nodes, lam_s[:, None]))
     b = h * (basis * (kernel * w)[:, None, :]).sum(-1)
+    if rule == "adams":
+        b = b.sum(1, keepdim=True) * torch.tensor(ADAMS[nodes.shape[1]], dtype=torch.float64)
+    elif change := RULES[rule].get(nodes.shape[1]):
+        start, end = (u(sde, v[:, None], lam_s[:, None]) for v in (lam_s, lam_t))
+        theta = (u(sde, lam_nodes, lam_s[:, None]) - start) / (end - start)
+        position = (u(sde, lam, lam_s[:, None]) - start) / (end - start)
+        mu = tuple(h[:, 0] * (kernel * w * position**k).sum(1) for k in range(3))
+        last = (1 + tau2[:, -1]) * _scaled_weight(kind, sde, t, lam_t[:, None], lam_t[:, None])[:, 0]
+        b = b + change(Moments(theta, mu, h[:, 0], last))[:, None] * _highest_difference(theta)
     C = sde.sigma(t) * (h[:, 0] * (2 * tau2 * decay**2 @ w)).sqrt()  # noqa: N806
     return A, b, C
+
+
+def _highest_difference(theta: Tensor) -> Tensor:
+    """(N, P) weights of the divided difference over all nodes: 1 / prod_{i != j} (theta_j - theta_i)."""
+    gaps = theta[:, :, None] - theta[:, None, :] + torch.eye(theta.shape[1], dtype=torch.float64)
+    return 1 / gaps.prod(-1)
 
 
 def _noise_level(tau: Tau | Tensor, lam: Tensor) -> Tensor:
@@ -131,3 +185,16 @@ def _scaled_weight(kind: Stored, sde: LinearSDE, t: Tensor, lam: Tensor, lam_t: 
     if kind.prediction is DATA:
         return sde.alpha(t)[:, None] * (lam - lam_t).exp()
     return sde.sigma(t)[:, None] * kind.weight(sde, lam)
+
+
+def singular_step(sde: LinearSDE, grid: Grid, k: int, stored: str, tau: Tau) -> tuple[Tensor, Tensor, Tensor]:
+    """(keep, mix, noise) of a step from alpha = 0 or to sigma = 0, the limits of the first-order data form."""
+    s, t = grid.t[k], grid.t[k + 1]
+    to_data = sde.sigma(t) == 0
+    stochastic = callable(tau) or tau > 0
+    ratio = sde.sigma(t) / sde.sigma(s) * float(not stochastic)
+    noise = sde.sigma(t) * float(stochastic)
+    a, b = view(DATA, STORED[stored].prediction, sde.alpha(s), sde.sigma(s))
+    if not bool((a.isfinite() & b.isfinite()).all()):
+        raise ValueError(f"expected a start with some signal for a solver that remembers {stored}, found alpha = 0 at t = {s.item()}; remember data or velocity")
+    return ratio + sde.alpha(t) * a, sde.alpha(t) * b, torch.where(to_data, 0.0, noise)

@@ -1,0 +1,62 @@
+"""The public function."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from .. import losses
+from ..denoiser import Denoiser
+from .data import Data
+from .run import Run, Settings
+from .surroundings import FilePath, Output, accelerator
+
+
+def fit(
+    model: Denoiser,
+    data: Data,
+    *,
+    steps: int,
+    batch_size: int = 128,
+    weight: losses.Weighting = losses.simple,
+    times: losses.Times = losses.uniform,
+    draw: losses.Draw = losses.stratified,
+    precision: Literal["no", "bf16", "fp16"] = "no",
+    path: FilePath | None = None,
+    save_every: int | None = None,
+    resume: FilePath | None = None,
+    log: FilePath | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Run:
+    """Train `model`, where it is, by denoising score matching: an iterator of `Progress` that has the average, `.ema`.
+
+    data        x (N, ...), or (x, labels) with labels (N,), or (x, {name: tensor}) for other conditions, or a map-style
+                dataset of such items. Tensors are moved to the model's device whole. Every epoch is a new random order
+    steps, batch_size      in all, over all devices
+    weight, times, draw    of the loss, see `losses`
+    precision   "bf16" or "fp16": mixed precision, by accelerate
+    path        where to save: every `save_every` steps, at the end, at `close()`, and on Ctrl-C, which ends the step
+                first and is then raised as KeyboardInterrupt. `checkpoint.load(path)` gives the averaged denoiser
+    resume      a file to go on from; seed, batch size and number of samples must be those of its run
+    log         a file of JSON lines, one for each record
+    progress    show a bar (tqdm)
+
+    settings    the other fields of `Settings`: lr, warmup, cosine, betas, weight_decay, clip, ema_decay, label_dropout,
+                null_label, every, patience, seed
+
+    A step whose gradient is not finite changes no weight; `patience` of them in a row end the run with
+    FloatingPointError. Started by `accelerate launch` or torchrun on several devices, each takes its share of every
+    batch, and the run is the same up to rounding (and dropout).
+
+    Raises ValueError or TypeError for options or data that do not fit, CheckpointError for a file that does not, and
+    ImportError where accelerate is needed and missing.
+    """
+    if not isinstance(model, Denoiser):
+        raise TypeError(f"model: expected a Denoiser, as in Denoiser(network, sde); found {type(model)}")
+    chosen = Settings(steps, batch_size, **settings)
+    output = Output(path, save_every, log, progress)
+    run = Run(model, data, chosen, (weight, times, draw), accelerator(model, model.device, precision), output)
+    if resume is not None:
+        run.restore(resume)
+    output.begin(run)
+    return run

@@ -1,0 +1,297 @@
+"""The run: one step, its records, and its state."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .. import checkpoint, losses
+from ..denoiser import Denoiser
+from .data import Batches, Condition, Data
+from .surroundings import FilePath, Output, Randomness, held_interrupts
+
+Parts = tuple[losses.Weighting, losses.Times, losses.Draw]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state after `step` of `steps` steps: mean loss since the last record, seconds spent training since the start."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    seconds: float
+    images_per_second: float
+
+    def __str__(self) -> str:
+        speed = f"{self.images_per_second:.0f} images/s"
+        return f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.lr:.2e}  {speed}  {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a run. Raises ValueError for those out of range.
+
+    lr, warmup, cosine     AdamW's rate: rises over the first `warmup` steps; with `cosine` it falls to 0 at the end
+    betas, weight_decay    of AdamW
+    clip                   the largest norm of the gradient (None: any)
+    ema_decay              of the average, once it is warm
+    label_dropout          probability that a label becomes `null_label`, for classifier-free guidance (Ho and Salimans
+                           2022, arXiv:2207.12598)
+    every                  steps between records
+    patience               steps in a row that may be not finite
+    """
+
+    steps: int
+    batch_size: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    cosine: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    ema_decay: float = 0.999
+    label_dropout: float = 0.0
+    null_label: int = -1
+    every: int = 10
+    patience: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "every", "patience"):
+            value = getattr(self, name)
+            _expect(isinstance(value, int) and value >= 1, name, "an int of at least 1", value)
+        for name in ("warmup", "weight_decay"):
+            _expect(0 <= getattr(self, name) < math.inf, name, "a finite number of at least 0", getattr(self, name))
+        for name in ("ema_decay", "label_dropout"):
+            _expect(0 <= getattr(self, name) <= 1, name, "a number from 0 to 1", getattr(self, name))
+        _expect(0 < self.lr < math.inf, "lr", "a positive number", self.lr)
+        _expect(self.clip is None or 0 < self.clip < math.inf, "clip", "a positive number, or None", self.clip)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of `step`, counted from 1."""
+        rise = min(1.0, step / self.warmup) if self.warmup else 1.0
+        fall = 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps)) if self.cosine else 1.0
+        return self.lr * rise * fall
+
+    def decay(self, step: int) -> float:
+        """The average's decay at `step`: less at the beginning, so that the initial weights are soon forgotten."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
+
+
+class Run(Iterator[Progress]):
+    """A training run; `next(run)` trains up to the next record. Has `model`, `ema`, `step`, `settings`, `seconds`."""
+
+    def __init__(
+        self, model: Denoiser, data: Data, settings: Settings, parts: Parts, accelerator: Any, output: Output
+    ) -> None:
+        share = accelerator.num_processes
+        _expect(settings.batch_size % share == 0, "batch_size", f"a multiple of {share} processes", settings.batch_size)
+        self.model, self.settings, self.accelerator, self.output = model, settings, accelerator, output
+        weight, self.times, self.draw = parts
+        self.step, self.seconds = 0, 0.0
+        self.average = AveragedModel(model, multi_avg_fn=self._blend).requires_grad_(False)
+        self.average.n_averaged += 1  # the average starts at the initial weights
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self.objective, self.stepper = accelerator.prepare(Objective(model, weight), self.optimizer)
+        zero = torch.zeros((), dtype=torch.float64, device=model.device)
+        self.tally = {name: zero.clone() for name in ("loss", "steps", "bad", "worst")}
+        order, noise, clock, inside = _seeds(settings.seed, 4)
+        self.data = Batches(data, settings.batch_size, model.device, order)
+        self.noise = torch.Generator(model.device).manual_seed(noise)
+        self.clock = torch.Generator().manual_seed(clock)
+        self.inside = Randomness(model.device, inside + accelerator.process_index)
+
+    @property
+    def ema(self) -> Denoiser:
+        """The exponential moving average of the model, in evaluation mode. It goes on moving; copy it to keep it."""
+        return self.average.module.eval()  # pyright: ignore[reportReturnType]
+
+    def __next__(self) -> Progress:
+        """Train up to the next record: a multiple of `every`, a save, or the end."""
+        if self.step >= self.settings.steps:
+            self.close()
+            raise StopIteration
+        self._check_finite()
+        start, first = time.perf_counter(), self.step
+        with held_interrupts() as interrupted, self._training_mode():
+            self._train_step()
+            while not (self._at_record() or interrupted()):
+                self._train_step()
+            loss = self._mean_loss() if self._at_record() else None
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self._check_finite()
+        speed = (self.step - first) * self.settings.batch_size / seconds
+        if loss is not None:
+            rate = self.settings.learning_rate(self.step)
+            record = Progress(self.step, self.settings.steps, loss, rate, self.seconds, speed)
+            self.output.record(self, record)
+        if loss is None or interrupted():
+            self.close()
+            raise KeyboardInterrupt
+        return record
+
+    def close(self) -> None:
+        """Save, if there is a path and something new, and end the bar. The run can still go on."""
+        self.output.end(self)
+
+    def _train_step(self) -> None:
+        x0, cond = self.data.next()
+        t = self.times(self.model.sde, self.draw(len(x0), self.clock)).to(x0.device)
+        eps = torch.randn(x0.shape, generator=self.noise, dtype=x0.dtype, device=x0.device)
+        cond = self._dropped(cond)
+        # Every process draws the whole batch and keeps its share.
+        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        loss = self.objective(x0[mine], eps[mine], t[mine], {k: v[mine] for k, v in cond.items()}).mean()
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
+        self._update(loss.detach(), norm)
+
+    def _update(self, loss: Tensor, norm: Tensor) -> None:
+        """Optimiser and average. A step that is not finite is skipped on the device, without a look from the host."""
+        self.step += 1
+        bad = ~norm.isfinite()  # the norm, since it is the same on all devices
+        self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate(self.step)
+        if self.accelerator.scaler is None:  # a loss scaler says so itself
+            self.optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.stepper.step()
+        self.optimizer.zero_grad()
+        self.average.update_parameters(self.model)
+        self.tally["loss"] += torch.where(bad, 0.0, loss)
+        self.tally["steps"] += ~bad
+        self.tally["bad"].add_(1).mul_(bad)
+        self.tally["worst"].copy_(torch.maximum(self.tally["worst"], self.tally["bad"]))
+
+    def _dropped(self, cond: Condition) -> Condition:
+        """The conditions, with each label replaced by the null label with probability `label_dropout`."""
+        if not self.settings.label_dropout or "label" not in cond:
+            return cond
+        label = cond["label"]
+        drop = torch.rand(label.shape, generator=self.noise, device=label.device) < self.settings.label_dropout
+        return {**cond, "label": label.masked_fill(drop, self.settings.null_label)}
+
+    def _blend(self, average: Any, current: Any, n: Any) -> None:
+        get_ema_multi_avg_fn(self.settings.decay(self.step))(average, current, n)
+
+    def _at_record(self) -> bool:
+        s = self.settings
+        return self.step % s.every == 0 or self.step >= s.steps or self.output.due(self.step)
+
+    def _mean_loss(self) -> float:
+        """The mean over the finite steps since the last record."""
+        total, count = self.tally["loss"].item(), self.tally["steps"].item()
+        self.tally["loss"].zero_()
+        self.tally["steps"].zero_()
+        return total / count if count else math.nan
+
+    def _check_finite(self) -> None:
+        worst = int(self.tally["worst"].item())
+        if worst >= self.settings.patience:
+            raise FloatingPointError(
+                f"expected finite losses, found NaN or infinite gradients in {worst} steps in a row, up to step "
+                f"{self.step}; none of them changed a weight. Look at the data, lower lr, or train in full precision"
+            )
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Gradients, training flags, the run's own global random state; all put back as they were."""
+        flags = [(module, module.training) for module in self.model.modules()]
+        with torch.inference_mode(False), torch.enable_grad(), self.inside.active():
+            try:
+                self.model.train()
+                yield
+            finally:
+                for module, flag in flags:
+                    module.training = flag
+
+    def save(self, path: FilePath, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write the model, its average, and all that `resume` needs to one file (on the main process)."""
+        if self.accelerator.is_main_process:
+            checkpoint.save(path, self.model, ema=self.ema, training=self.state(), metadata=metadata)
+
+    def state(self) -> checkpoint.Training:
+        """Everything but the weights: optimiser, generators, place in the data, open sums."""
+        scaler = self.accelerator.scaler
+        tensors = {f"tally.{name}": value for name, value in self.tally.items()}
+        tensors |= {f"inside.{name}": value for name, value in self.inside.state.items()}
+        tensors |= {"clock": self.clock.get_state(), "noise": self.noise.get_state(), "order": self.data.before_epoch}
+        for name, p in self.model.named_parameters():
+            tensors |= {f"optimizer.{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
+        values = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "position": self.data.position,
+            "averaged": int(self.average.n_averaged),
+            "settings": asdict(self.settings),
+            "samples": len(self.data),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        return checkpoint.Training(tensors, values)
+
+    def restore(self, path: FilePath) -> None:
+        """Go on from `path`. Raises CheckpointError if it holds no such run, ValueError if it is one on other batches."""
+        self._check_same_batches(path)
+        tensors, values = checkpoint.restore(path, self.model, self.ema)
+        self.step, self.seconds = values["step"], values["seconds"]
+        self.average.n_averaged.fill_(values["averaged"])
+        for name, value in self.tally.items():
+            value.copy_(tensors[f"tally.{name}"])
+        self.clock.set_state(tensors["clock"])
+        self.noise.set_state(tensors["noise"])
+        self.inside.state = {name: tensors[f"inside.{name}"] for name in self.inside.state}
+        self.data.go_to(tensors["order"], values["position"])
+        for name, p in self.model.named_parameters():
+            entries = {k: tensors[f"optimizer.{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {k: _placed(value, p) for k, value in entries.items()}
+        if self.accelerator.scaler is not None and values["scaler"]:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+
+    def _check_same_batches(self, path: FilePath) -> None:
+        saved = checkpoint.describe(path)["training"]
+        if saved is not None:
+            for name in ("seed", "batch_size"):
+                mine = getattr(self.settings, name)
+                _expect(mine == saved["settings"][name], name, f"{saved['settings'][name]}, as in {path}", mine)
+            _expect(len(self.data) == saved["samples"], "data", f"{saved['samples']} samples, as in {path}", len(self.data))
+
+
+class Objective(nn.Module):
+    """The loss as a module, so that what wraps modules (several devices, mixed precision) sees one forward pass."""
+
+    def __init__(self, model: Denoiser, weight: losses.Weighting) -> None:
+        super().__init__()
+        self.model, self.weight = model, weight
+
+    def forward(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return losses.denoising(self.model, x0, eps, t, self.weight, **cond)
+
+
+def _placed(value: Tensor, p: Tensor) -> Tensor:
+    """A tensor of the optimiser where and as it makes it: in the layout of its parameter."""
+    if value.shape == p.shape:
+        return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
+    return value.to(p.device)
+
+
+def _seeds(seed: int, n: int) -> list[int]:
+    """n seeds for the streams of a run, 32 bits each, since torch's CPU generator takes no more."""
+    return np.random.SeedSequence(seed % 2**64).generate_state(n).tolist()
+
+
+def _expect(holds: bool, name: str, expected: str, found: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}; found {found!r}")
