@@ -119,7 +119,8 @@ def load(
 
 def describe(path: FilePath) -> dict[str, Any]:
     """The description in the file: network, sde, predicts, time_input, dtype, ema, training, metadata. Raises like `load`."""
-    return _read(path)[0]
+    with _reading(path) as opened:
+        return _description(path, opened)
 
 
 def restore(path: FilePath, model: Denoiser, ema: Denoiser) -> Training:
@@ -240,7 +241,7 @@ def _rebuilt_schedule(path: FilePath, description: dict[str, Any], tensors: Tens
     if make is Learned and not 1 <= options["hidden"] <= sum(tensor.numel() for tensor in tensors.values()):
         raise CheckpointError(f"{path}: expected the weights of the schedule {description}, found {sorted(tensors)}")
     schedule = make(**options)
-    if isinstance(schedule, nn.Module):
+    if isinstance(schedule, Learned):
         _load_strictly(path, schedule, tensors)
     return schedule
 
@@ -372,21 +373,35 @@ def _sweep(path: Path) -> None:
 
 
 def _read(path: FilePath) -> tuple[dict[str, Any], Tensors]:
-    """Description and tensors of a file whose bytes are those that were written."""
+    with _reading(path) as opened:
+        return _description(path, opened), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _reading(path: FilePath) -> Iterator[Any]:
+    """A file whose bytes are those that were written."""
     try:
         with open(path, "rb") as file:
             _check_signature(path, file)
         with safetensors.safe_open(path, framework="pt") as opened:
-            description = json.loads(opened.metadata()["scoresde"])
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            yield opened
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint file, found none that can be read ({error.strerror or error})") from error
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path}: expected a checkpoint, found a damaged file ({error}); use another copy") from error
-    _check_description(path, description)
-    return description, tensors
+
+
+def _description(path: FilePath, opened: Any) -> dict[str, Any]:
+    description = json.loads(opened.metadata()["scoresde"])
+    version = description.get("version") if isinstance(description, dict) else None
+    if version != VERSION:
+        raise CheckpointError(f"{path}: expected a checkpoint of version {VERSION}, found version {version}; use a release of scoresde that reads it")
+    missing = {"network", "sde", "predicts", "time_input", "dtype", "ema", "training", "metadata"} - description.keys()
+    if missing:
+        raise CheckpointError(f"{path}: expected a complete description, found none of {sorted(missing)}")
+    return description
 
 
 def _check_signature(path: FilePath, file: BinaryIO) -> None:
@@ -406,12 +421,3 @@ def _check_signature(path: FilePath, file: BinaryIO) -> None:
         raise CheckpointError(
             f"{path}: expected SHA-256 {signatures[0].decode()}, found {digest.hexdigest()}: the file is truncated or was changed; use another copy"
         )
-
-
-def _check_description(path: FilePath, description: Any) -> None:
-    version = description.get("version") if isinstance(description, dict) else None
-    if version != VERSION:
-        raise CheckpointError(f"{path}: expected a checkpoint of version {VERSION}, found version {version}; use a release of scoresde that reads it")
-    missing = {"network", "sde", "predicts", "time_input", "dtype", "ema", "training", "metadata"} - description.keys()
-    if missing:
-        raise CheckpointError(f"{path}: expected a complete description, found none of {sorted(missing)}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Terms(NamedTuple):
     pull: Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
 class Engine(Protocol):
     def terms(self, x: Tensor, alpha: Tensor, var: Tensor) -> Terms: ...
 

@@ -49,6 +49,10 @@ class Grid:
         label = t * schedule.steps - 1 if isinstance(schedule, Tabulated) else t.clone()
         return cls(t, lam, label)
 
+    def reversed(self) -> Grid:
+        """The same nodes from the end to t_max: for encoding with a deterministic solver."""
+        return Grid(self.t.flip(0), self.lam.flip(0), self.label.flip(0))
+
     def __len__(self) -> int:
         """The number of steps."""
         return len(self.t) - 1

@@ -161,42 +161,49 @@ def denoising(
 def implicit(score: Score, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     """`|s(x)|^2/2 + tr(ds/dx)`, the trace exact by one backward pass per element (Hyvarinen 2005, JMLR 6:695, eq. 4).
 
-    In expectation over x ~ p it is the Fisher divergence `E|s - grad log p|^2 / 2` minus `E|grad log p|^2 / 2`. `score` maps (B, ...) to the same
-    shape and must treat the samples independently. Differentiable in the parameters of `score`.
+    In expectation over x ~ p it is the Fisher divergence `E|s - grad log p|^2 / 2` minus `E|grad log p|^2 / 2`.
+    `score` maps (B, ...) to the same shape and must treat the samples independently. Differentiable in the parameters
+    of `score`. Raises ValueError if `score` changes the shape.
     """
-    x, s = _at(score, x)
-    columns = s.flatten(1)
-    trace = torch.zeros_like(columns[:, 0])
-    for i in range(columns.shape[1]):
-        trace = trace + _gradient(columns[:, i], x).flatten(1)[:, i]
-    return 0.5 * columns.square().sum(1) + trace
+
+    def loss(x: Tensor, s: Tensor) -> Tensor:
+        columns = s.flatten(1)
+        diagonal = [_gradient(columns[:, i], x).flatten(1)[:, i] for i in range(columns.shape[1])]
+        return 0.5 * columns.square().sum(1) + torch.stack(diagonal).sum(0)
+
+    return _with_gradients(loss, score, x)
 
 
 def sliced(
     score: Score, x: Float[Tensor, "b ..."], v: Float[Tensor, "b ..."], *, reduce_variance: bool = True
 ) -> Float[Tensor, " b"]:
-    """`v.(ds/dx) v + |s|^2/2`, or with `(v.s)^2/2` in place of the second term: one backward pass (Song et al. 2019, arXiv:1905.07088, eqs. 8, 7).
+    """`v.(ds/dx) v + |s|^2/2`, or with `(v.s)^2/2` in place of the second term, by one backward pass (Song et al. 2019, arXiv:1905.07088, eqs. 8, 7).
 
-    Unbiased for `implicit` when E[v v^T] = I (normal or Rademacher v, of the shape of x). Differentiable like `implicit`.
+    Unbiased for `implicit` when E[v v^T] = I (normal or Rademacher v, of the shape of x). Differentiable like it.
     """
-    x, s = _at(score, x)
-    along = (v * s).flatten(1).sum(1)
-    curvature = (v * _gradient(along, x)).flatten(1).sum(1)
-    return curvature + 0.5 * (s.flatten(1).square().sum(1) if reduce_variance else along.square())
+
+    def loss(x: Tensor, s: Tensor) -> Tensor:
+        along = (v * s).flatten(1).sum(1)
+        curvature = (v * _gradient(along, x)).flatten(1).sum(1)
+        return curvature + 0.5 * (s.flatten(1).square().sum(1) if reduce_variance else along.square())
+
+    return _with_gradients(loss, score, x)
 
 
 def _mean_square(error: Tensor) -> Tensor:
     return error.square().flatten(1).mean(1)
 
 
-def _at(score: Score, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x as a leaf that takes gradients, and the score there."""
+def _with_gradients(loss: Callable[[Tensor, Tensor], Tensor], score: Score, x: Tensor) -> Tensor:
+    """`loss(x, score(x))` with x a leaf that takes gradients; a plain number where the caller wants none."""
+    wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         s = score(x)
-    if s.shape != x.shape:
-        raise ValueError(f"expected a score of the shape of x, {tuple(x.shape)}; found {tuple(s.shape)}")
-    return x, s
+        if s.shape != x.shape:
+            raise ValueError(f"expected a score of the shape of x, {tuple(x.shape)}; found {tuple(s.shape)}")
+        value = loss(x, s)
+    return value if wanted else value.detach()
 
 
 def _gradient(values: Tensor, x: Tensor) -> Tensor:

@@ -60,6 +60,40 @@ def sample(
     return replace(solver.solve(model.given(**(condition or {})), x, times, noise=noise, callback=callback), seed=seed)
 
 
+def encode(
+    model: BaseDenoiser,
+    x: Tensor,
+    solver: Solver,
+    *,
+    steps: int = 20,
+    grid: GridFunction | Grid | Tensor | None = None,
+    end: float | None = None,
+    condition: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+) -> Samples:
+    """The latent of data `x` (B, ...): the probability-flow ODE from `end` (where x is taken to be) to t_max with a deterministic solver on the same grid as `sample`, reversed."""
+    times = make_grid(model.sde, grid, steps, end).reversed()
+    return solver.solve(model.given(**(condition or {})), x, times, callback=callback)
+
+
+def decode(
+    model: BaseDenoiser,
+    latent: Tensor | Samples,
+    solver: Solver,
+    *,
+    steps: int = 20,
+    grid: GridFunction | Grid | Tensor | None = None,
+    end: float | None = None,
+    condition: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+) -> Samples:
+    """Data from a latent at t_max (B, ...): `sample` without the drawing. What `encode` returned may be passed whole; a reversible solver then undoes it exactly."""
+    start: Any = latent
+    if isinstance(latent, Samples):
+        start = latent.x if latent.companion is None else (latent.x, latent.companion)
+    return solver.solve(model.given(**(condition or {})), start, make_grid(model.sde, grid, steps, end), callback=callback)
+
+
 def make_grid(sde: LinearSDE, grid: GridFunction | Grid | Tensor | None, steps: int, end: float | None) -> Grid:
     """The grid that `sample` uses."""
     if isinstance(grid, Grid | Tensor):

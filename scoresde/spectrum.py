@@ -202,8 +202,9 @@ def _low_rank(cov: LowRank, lead: tuple[int, ...], dim: int, device: torch.devic
     floor, factor = real(cov.variance, "the variance", device), real(cov.factor, "the factor", device)
     if floor.shape not in ((), lead) or factor.ndim != len(lead) + 2 or factor.shape[:-1] != (*lead, dim):
         raise ValueError(
-            f"expected LowRank(variance, factor) with variance of shape () {f'or {lead} ' if lead else ''}and"
-            f" factor of shape {(*lead, dim, 'r')}, found shapes {tuple(floor.shape)} and {tuple(factor.shape)}"
+            f"expected LowRank(variance, factor) with variance of shape () {f'or {lead} ' if lead else ''}"
+            f"and factor of shape {(*lead, dim, 'r')},"
+            f" found shapes {tuple(floor.shape)} and {tuple(factor.shape)}"
         )
     floor = _non_negative(floor.expand(lead).reshape(count))
     basis, roots, _ = torch.linalg.svd(factor.reshape(count, dim, -1), full_matrices=False)

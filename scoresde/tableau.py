@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -80,13 +81,7 @@ class Tableau:
 
     def __add__(self, other: Tableau) -> Tableau:
         """This table, then `other` from where it ended."""
-        if not bool(torch.isclose(self.times[-1], other.times[0], rtol=1e-12, atol=0)):
-            raise ValueError(f"expected the second table to start where the first ends, found {self.times[-1].item()} and {other.times[0].item()}")
-        width = max(self.mix.shape[1], other.mix.shape[1])
-        mixes = [torch.nn.functional.pad(table.mix, (0, width - table.mix.shape[1])) for table in (self, other)]
-        joined = {key: torch.cat([getattr(self, key), getattr(other, key)]) for key in ("skip", "out", "keep", "noise")}
-        name = self.name if self.name == other.name else f"{self.name} + {other.name}"
-        return Tableau(torch.cat([self.times, other.times[1:]]), mix=torch.cat(mixes), name=name, **joined)
+        return join([self, other])
 
     def __repr__(self) -> str:
         head = f"{self.name}: {len(self)} calls, history {self.mix.shape[1]}"
@@ -135,6 +130,18 @@ class Tableau:
     def law(self, gaussian: Gaussian, sde: LinearSDE, prior: Gaussian | None = None) -> Gaussian:
         """The exact law of the output on Gaussian data with the exact denoiser, started from the sde's prior or from `prior`."""
         return output_law(self, gaussian, sde, prior)
+
+
+def join(tables: Sequence[Tableau]) -> Tableau:
+    """The tables one after the other, each starting where the one before ends."""
+    for before, after in pairwise(tables):
+        if not bool(torch.isclose(before.times[-1], after.times[0], rtol=1e-12, atol=0)):
+            raise ValueError(f"expected each table to start where the one before ends, found {before.times[-1].item()} and {after.times[0].item()}")
+    width = max(table.mix.shape[1] for table in tables)
+    mix = torch.cat([torch.nn.functional.pad(table.mix, (0, width - table.mix.shape[1])) for table in tables])
+    joined = {key: torch.cat([getattr(table, key) for table in tables]) for key in ("skip", "out", "keep", "noise")}
+    times = torch.cat([*(table.times[:-1] for table in tables), tables[-1].times[-1:]])
+    return Tableau(times, mix=mix, name=" + ".join(dict.fromkeys(table.name for table in tables)), **joined)
 
 
 def run(

@@ -462,6 +462,11 @@ def test_config_of_the_defaults(kind):
     assert {k: v for k, v in net.config.items() if k not in ("channels", "dim")} == expected
 
 
+def test_default_size_of_the_features():
+    assert UNet(1, base=8).conditioning.embed.dim == 32
+    assert MLP(3, hidden=24).conditioning.embed.dim == 24
+
+
 def test_state_dict_holds_the_random_frequencies():
     first, second = UNet(**UNET), UNet(**UNET)
     name = "conditioning.embed.frequencies"
@@ -636,7 +641,7 @@ def test_channels_last_is_the_same_network(device, dtype):
 
 @BOTH
 def test_compiles_as_one_graph(kind, config, device, dtype, unchecked):
-    net = build(kind, config, device, dtype)
+    net = build(kind, config, device, dtype, **({"blocks": 1, "attention": [1]} if kind is UNet else {}))
     inputs = batch(config, 3, device, dtype)
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, backend="eager")

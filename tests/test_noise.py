@@ -1,7 +1,7 @@
 """Noise and Brownian paths against Python integers, exact covariances and, where they end, statistics.
 
-Every statistical assertion is seeded, so it cannot flicker; on a new stream it would fail with a probability of
-at most ALPHA: bounds are Hoeffding's, Dvoretzky-Kiefer-Wolfowitz's or exact laws, shared by the comparisons.
+Statistical assertions are seeded and cannot flicker; on a new stream each would fail with a probability of at
+most ALPHA: bounds are Hoeffding's, Dvoretzky-Kiefer-Wolfowitz's or exact laws, shared by the comparisons.
 """
 
 from __future__ import annotations
@@ -490,7 +490,9 @@ def test_paths_are_levy_s_construction(seed, fraction, interval, depth):
     path = BrownianPath(Noise.of(seed, [4, -1], dtype=torch.float64), (2, 3), start, stop, depth)
     expected = [[brownian(seed, i, e, c, start, stop, depth) for e in range(3)] for i in (4, -1)]
     scale = math.sqrt(stop - start)
-    torch.testing.assert_close(path(c) / scale, torch.tensor(expected).double() / scale, rtol=0, atol=2e-14)
+    torch.testing.assert_close(
+        path(c) / scale, torch.tensor(expected, dtype=torch.float64) / scale, rtol=0, atol=2e-14
+    )
 
 
 CLOCKS = st.lists(st.floats(0, 1), min_size=2, max_size=6, unique=True)

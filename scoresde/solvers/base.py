@@ -11,12 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import DATA, BaseDenoiser, view
+from ..denoiser import BaseDenoiser
 from ..grids import Grid
 from ..sde import LinearSDE
 from ..tableau import NoiseSource, Step, Tableau, finite_guard, not_finite, run
 
 Callback = Callable[[Step], Any]
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Samples:
     status         "ok", or for adaptive solvers what happened; one entry a sample if they differ
     path           what the callback returned, call by call (without the Nones)
     end            the time of `x`
+    seed           the seed of `sample`
+    companion      the second half of a reversible solver's state
     """
 
     x: Tensor
@@ -38,6 +41,7 @@ class Samples:
     path: tuple[Any, ...] = ()
     end: float = 0.0
     seed: int | None = None
+    companion: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,11 @@ class TableSolver:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.options)})"
 
     def tableau(self, sde: LinearSDE, times: Grid | Tensor) -> Tableau:
-        """The table for `sde` on a Grid or a decreasing tensor of times."""
-        return self.build(sde, Grid.of(sde, times))
+        """The table for `sde` on a Grid or a decreasing tensor of times. Raises ValueError for a stochastic solver on a reversed grid."""
+        grid = Grid.of(sde, times)
+        if self.card.stochastic and float(grid.t[0]) < float(grid.t[-1]):
+            raise ValueError(f"{self} is stochastic and cannot run from data to noise: encode with a deterministic solver")
+        return self.build(sde, grid)
 
     def steps_for(self, calls: int) -> int:
         """The largest number of grid steps that takes at most `calls` network calls."""
@@ -98,8 +105,7 @@ class TableSolver:
     def solve(self, model: BaseDenoiser, x: Tensor, times: Grid | Tensor, *, noise: NoiseSource | None = None, callback: Callback | None = None) -> Samples:
         """Run from `x` (B, ...) at times[0] to times[-1]. `noise(k, shape)` gives the normals of row k."""
         started = time.perf_counter()
-        grid = Grid.of(model.sde, times)
-        return execute(self.build(model.sde, grid), model, x, noise=noise, callback=callback, started=started)
+        return execute(self.tableau(model.sde, times), model, x, noise=noise, callback=callback, started=started)
 
 
 def execute(
@@ -148,7 +154,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def from_data_form(sde: LinearSDE, stored, t: Tensor, keep: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients over (x, m) of the update `keep x + mix D`, when `m` is the view `stored` at t."""
-    a, b = view(DATA, stored, sde.alpha(t), sde.sigma(t))
-    return keep + mix * a, mix * b
+def from_pair(x: Tensor | Pair) -> Pair:
+    """A state as two copies; a single tensor stands for both."""
+    return (x, x) if isinstance(x, Tensor) else x

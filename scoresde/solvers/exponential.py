@@ -53,7 +53,7 @@ def multistep_table(
         mix[corrected] += keep[corrected, None] * update
     skip, out = STORED[stored].rows(sde.alpha(grid.t[:-1]), sde.sigma(grid.t[:-1]))
     for k in {*range(first), *range(last, steps)}:
-        keep[k], mix[k, 0], noise[k] = singular_step(sde, grid, k, stored, tau)
+        keep[k], mix[k, 0], noise[k] = singular_step(sde, grid.t[k], grid.t[k + 1], stored, tau)
     return Tableau(grid.t, skip, out, keep, mix, noise, name)
 
 

@@ -71,7 +71,10 @@ def ddim(eta: float = 0.0) -> TableSolver:
         raise ValueError(f"expected eta in [0, 1], found {eta}")
 
     def rule(sde: LinearSDE, s: Tensor, t: Tensor) -> Coefficients:
-        a, _, std = posterior(sde, s, t)
+        if eta == 0:  # also from data to noise
+            kept = sde.sigma(s) / sde.sigma(t)
+            return kept, sde.alpha(s) - kept * sde.alpha(t), torch.zeros_like(kept)
+        _, _, std = posterior(sde, s, t)
         # sigma_s^2 - c^2 = sigma_s^2 (1 - eta^2 (1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)), a sum of positive terms
         kept = sde.sigma(s) * ((1 - eta**2) + eta**2 * sde.scale(s, t) ** 2 * (sde.sigma(s) / sde.sigma(t)) ** 2).sqrt()
         return kept / sde.sigma(t), sde.alpha(s) - kept * sde.alpha(t) / sde.sigma(t), eta * std

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ..denoiser import DATA, FLOW, NOISE, VELOCITY, Prediction, view
-from ..grids import Grid
 from ..sde import LinearSDE
 
 Tau = float | Callable[[Tensor], Tensor]
@@ -187,14 +186,11 @@ def _scaled_weight(kind: Stored, sde: LinearSDE, t: Tensor, lam: Tensor, lam_t: 
     return sde.sigma(t)[:, None] * kind.weight(sde, lam)
 
 
-def singular_step(sde: LinearSDE, grid: Grid, k: int, stored: str, tau: Tau) -> tuple[Tensor, Tensor, Tensor]:
-    """(keep, mix, noise) of a step from alpha = 0 or to sigma = 0, the limits of the first-order data form."""
-    s, t = grid.t[k], grid.t[k + 1]
-    to_data = sde.sigma(t) == 0
-    stochastic = callable(tau) or tau > 0
-    ratio = sde.sigma(t) / sde.sigma(s) * float(not stochastic)
-    noise = sde.sigma(t) * float(stochastic)
+def singular_step(sde: LinearSDE, s: Tensor, t: Tensor, stored: str, tau: Tau) -> tuple[Tensor, Tensor, Tensor]:
+    """(keep, mix, noise) of a step from alpha = 0 or to sigma = 0: the limits of the first-order data form."""
+    stochastic = float(callable(tau) or tau > 0)
     a, b = view(DATA, STORED[stored].prediction, sde.alpha(s), sde.sigma(s))
     if not bool((a.isfinite() & b.isfinite()).all()):
-        raise ValueError(f"expected a start with some signal for a solver that remembers {stored}, found alpha = 0 at t = {s.item()}; remember data or velocity")
-    return ratio + sde.alpha(t) * a, sde.alpha(t) * b, torch.where(to_data, 0.0, noise)
+        raise ValueError(f"expected a start with some signal for a solver that remembers {stored}, found alpha = 0 at t = {s.item()}; remember data, velocity or flow")
+    keep = sde.sigma(t) / sde.sigma(s) * (1 - stochastic)
+    return keep + sde.alpha(t) * a, sde.alpha(t) * b, sde.sigma(t) * stochastic

@@ -1,0 +1,533 @@
+"""Checkpoints: what is saved comes back bit for bit, and no damaged, foreign or hostile file passes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from scoresde import checkpoint, networks
+from scoresde.checkpoint import CheckpointError
+from scoresde.denoiser import Denoiser, Karras
+from scoresde.networks import MLP, UNet
+from scoresde.schedules import Cosine, Learned, Linear, Sigmoid, Tabulated
+from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SDES = [
+    VPSDE(0.1, 19.7),
+    VPSDE(schedule=Cosine(s=0.009)),
+    VPSDE(schedule=Sigmoid(-2.5, 3.5, 0.9)),
+    VPSDE(schedule=Tabulated((0.0, 0.1, 1 / 3, 2.0))),
+    VPSDE.from_betas(torch.linspace(1e-4, 0.02, 1000)),
+    SubVPSDE(0.2, 18.0),
+    VESDE(0.011, 49.0),
+    EDM(0.003, 79.0),
+    Rectified(),
+]
+
+
+def random_model(sde: LinearSDE | None = None, seed: int = 0, predicts="noise", **options) -> Denoiser:
+    """An MLP with random weights everywhere (a new network is zero at its end)."""
+    network = MLP(3, hidden=8, layers=1, embedding="fourier", **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return Denoiser(network, VPSDE() if sde is None else sde, predicts)
+
+
+def same_tensors(a: nn.Module, b: nn.Module) -> bool:
+    return list(a.state_dict()) == list(b.state_dict()) and all(
+        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def resigned(path: Path, change) -> None:
+    """Change tensors and description of a file, and give it a right signature: what a hostile author can do."""
+    with safe_open(path, framework="pt") as opened:
+        description = json.loads(opened.metadata()["scoresde"])
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    description = change(description, tensors) or description
+    content = safetensors.torch.save(tensors, {"scoresde": json.dumps(description), "sha256": "0" * 64})
+    path.write_bytes(content.replace(b'"' + b"0" * 64 + b'"', f'"{hashlib.sha256(content).hexdigest()}"'.encode()))
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, random_model(classes=4), ema=random_model(seed=1, classes=4))
+    return path
+
+
+# ---- what is saved comes back
+
+
+@pytest.mark.parametrize("sde", SDES, ids=repr)
+@pytest.mark.parametrize("predicts", ["noise", "data", "velocity", "flow", "score", Karras(0.37)], ids=repr)
+def test_everything_comes_back(tmp_path, sde, predicts):
+    model, ema = random_model(sde, 0, predicts), random_model(sde, 1, predicts)
+    checkpoint.save(tmp_path / "a", model, ema=ema, metadata={"note": ["ä", 1.5]})
+    for weights, original in ((None, ema), ("ema", ema), ("model", model)):
+        loaded = checkpoint.load(tmp_path / "a", weights=weights)
+        assert same_tensors(loaded, original) and not loaded.training
+        assert type(loaded.sde) is type(sde) and loaded.network.config == model.network.config
+        t = torch.tensor([0.013, 0.4, 0.9], dtype=torch.float64)
+        assert torch.equal(loaded.sde.log_snr(t), sde.log_snr(t))
+        x = torch.randn(3, 3, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            assert torch.equal(loaded.noise(x, t), original.noise(x, t))
+    assert checkpoint.describe(tmp_path / "a")["metadata"] == {"note": ["ä", 1.5]}
+
+
+@pytest.mark.parametrize("time_input", ["t", "log_snr", "index"])
+def test_time_input_images_and_conditions_come_back(tmp_path, time_input):
+    network = UNet(2, base=8, multipliers=(1, 2), blocks=1, heads=2, classes=3, vector_dim=2, time_input=time_input)
+    model = Denoiser(network, VPSDE(), "velocity", time_input=time_input)
+    checkpoint.save(tmp_path / "a", model)
+    loaded = checkpoint.load(tmp_path / "a")
+    assert same_tensors(loaded, model) and loaded.time_input == time_input
+    assert checkpoint.describe(tmp_path / "a")["ema"] is False
+
+
+def test_without_an_average_the_model_is_loaded_and_an_average_cannot_be_asked_for(tmp_path):
+    model = random_model()
+    checkpoint.save(tmp_path / "a", model)
+    assert same_tensors(checkpoint.load(tmp_path / "a"), model)
+    with pytest.raises(CheckpointError, match="expected ema weights"):
+        checkpoint.load(tmp_path / "a", weights="ema")
+
+
+def test_a_learned_schedule_is_weights(tmp_path):
+    schedule = Learned(12.0, -9.0, hidden=5)
+    with torch.no_grad():
+        schedule.weight.copy_(torch.tensor([0.3, -0.1, 1.0, 1 / 3, -2.0]))
+    checkpoint.save(tmp_path / "a", random_model(VPSDE(schedule=schedule)), dtype=torch.float16)
+    loaded = checkpoint.load(tmp_path / "a").sde.schedule
+    assert same_tensors(loaded, schedule) and (loaded.log_snr_max, loaded.log_snr_min) == (12.0, -9.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_dtype_of_the_network_comes_back(tmp_path, dtype):
+    model = random_model().to(dtype)
+    checkpoint.save(tmp_path / "a", model)
+    assert checkpoint.load(tmp_path / "a").dtype == dtype and same_tensors(checkpoint.load(tmp_path / "a"), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_small_file_rounds_parameters_once_and_nothing_else(tmp_path, dtype):
+    model = random_model()
+    checkpoint.save(tmp_path / "full", model)
+    checkpoint.save(tmp_path / "small", model, dtype=dtype)
+    loaded = checkpoint.load(tmp_path / "small")
+    assert loaded.dtype == torch.float32
+    for (name, p), q in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p.to(dtype).float(), q), name
+    for (name, b), c in zip(model.named_buffers(), loaded.buffers(), strict=True):
+        assert torch.equal(b, c), name
+    assert os.path.getsize(tmp_path / "small") < 0.8 * os.path.getsize(tmp_path / "full")
+    with pytest.raises(CheckpointError, match="exact weights"):
+        checkpoint.save(tmp_path / "x", model, dtype=dtype, training=checkpoint.Training({}, {}))
+
+
+class Mine(nn.Module):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.tied = self.linear.weight
+        self.register_buffer("count", torch.tensor(3))
+
+    def forward(self, x, time):
+        return self.linear(x)
+
+
+def test_a_network_of_the_users_own_is_given_at_loading(tmp_path):
+    model = Denoiser(Mine(), VPSDE())
+    checkpoint.save(tmp_path / "a", model)
+    given = Mine()
+    loaded = checkpoint.load(tmp_path / "a", network=given)
+    assert loaded.network is given and same_tensors(loaded, model)
+    with pytest.raises(CheckpointError, match=r"found 'Mine'; pass load\(\.\.\., network="):
+        checkpoint.load(tmp_path / "a")
+    wide = Mine(4)
+    before = {k: v.clone() for k, v in wide.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"of shape \(4, 4\), found \(3, 3\)"):
+        checkpoint.load(tmp_path / "a", network=wide)
+    assert all(torch.equal(before[k], v) for k, v in wide.state_dict().items())
+    with pytest.raises(CheckpointError, match="missing bias, weight, not expected count, linear.bias"):
+        checkpoint.load(tmp_path / "a", network=nn.Linear(3, 3))
+
+
+def test_a_class_that_only_has_the_name_of_ours_is_not_ours(tmp_path):
+    class MLP(Mine):
+        pass
+
+    checkpoint.save(tmp_path / "a", Denoiser(MLP(), VPSDE()))
+    with pytest.raises(CheckpointError, match="pass load"):
+        checkpoint.load(tmp_path / "a")
+
+
+def test_a_compiled_network_is_saved_as_itself(tmp_path):
+    model = random_model()
+    checkpoint.save(tmp_path / "a", Denoiser(torch.compile(model.network), model.sde))  # pyright: ignore
+    assert same_tensors(checkpoint.load(tmp_path / "a"), model)
+
+
+def test_what_has_no_description_is_refused(tmp_path):
+    class OwnSDE(VPSDE):
+        pass
+
+    class OwnLinear(Linear):
+        pass
+
+    own = Denoiser(Mine(), VPSDE()).predicts.__class__("own", lambda a, s: (a, s))
+    for model in (
+        random_model(OwnSDE()),
+        random_model(VPSDE(schedule=OwnLinear())),
+        Denoiser(Mine(), VPSDE(), own),
+    ):
+        with pytest.raises(CheckpointError, match="expected (one of the|a prediction)"):
+            checkpoint.save(tmp_path / "a", model)
+    with pytest.raises(CheckpointError, match="JSON"):
+        checkpoint.save(tmp_path / "a", random_model(), metadata={"x": {1, 2}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_loading_leaves_the_global_state_alone_and_goes_to_the_device(saved, device):
+    state = torch.get_rng_state()
+    loaded = checkpoint.load(saved, device=device)
+    assert torch.equal(state, torch.get_rng_state()) and torch.is_grad_enabled()
+    assert all(p.device.type == device.type for p in loaded.parameters())
+    with torch.inference_mode():
+        assert same_tensors(checkpoint.load(saved), checkpoint.load(saved))
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("trials", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_flipped_bit_is_found(saved, trials):
+    content = saved.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    generator = torch.Generator().manual_seed(trials)
+    for trial in range(trials):
+        # Half of them in the header, which is a small part of the file.
+        size = header if trial % 2 else len(content)
+        position = int(torch.randint(size * 8, (), generator=generator))
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 8
+        saved.write_bytes(damaged)
+        for read in (checkpoint.load, checkpoint.describe):
+            with pytest.raises(CheckpointError, match="expected"):
+                read(saved)
+    saved.write_bytes(content)
+    checkpoint.load(saved)
+
+
+def test_every_truncation_and_extension_is_found(saved):
+    content = saved.read_bytes()
+    lengths = [*range(12), *range(12, len(content), max(1, len(content) // 150)), len(content) - 1]
+    for length in lengths:
+        saved.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match="expected"):
+            checkpoint.load(saved)
+    for more in (b"\0", b"x" * 100):
+        saved.write_bytes(content + more)
+        with pytest.raises(CheckpointError, match="SHA-256"):
+            checkpoint.load(saved)
+
+
+def test_what_is_no_checkpoint_is_refused_without_side_effects(tmp_path):
+    trap = tmp_path / "executed"
+
+    class Trap:
+        def __reduce__(self):
+            return (os.system, (f"touch {trap}",))
+
+    (tmp_path / "folder").mkdir()
+    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "foreign", {"format": "pt"})
+    torch.save(Trap(), tmp_path / "torch")
+    contents = {
+        "pickle": pickle.dumps(Trap()),
+        "empty": b"",
+        "text": b"hello, this is no checkpoint at all",
+        "huge header": (2**63 - 1).to_bytes(8, "little") + b"{}",
+        "long header": (10**12).to_bytes(8, "little") + b"{" * 100,
+        "zeros": bytes(1000),
+        "deep": (100_000).to_bytes(8, "little") + b"[" * 100_000,
+        "zip": b"PK\x03\x04" + bytes(100),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    for name in [*contents, "folder", "foreign", "torch", "missing", "no/such/folder"]:
+        with pytest.raises(CheckpointError, match=f"{name}: expected"):
+            checkpoint.load(tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before and not trap.exists()
+
+
+def _rename(description, tensors):
+    for key in list(tensors):
+        tensors[f"{key.split('.')[0]}.module.{key.partition('.')[2]}"] = tensors.pop(key)
+
+
+def _drop_one(description, tensors):
+    tensors.pop("ema.out.bias")
+
+
+def _add_one(description, tensors):
+    tensors["ema.extra"] = torch.ones(1)
+
+
+def _nan(description, tensors):
+    tensors["ema.out.weight"][0, 0] = float("nan")
+
+
+def _wrong_shape(description, tensors):
+    tensors["ema.out.bias"] = torch.ones(4)
+
+
+def _set(*path_and_value):
+    *path, value = path_and_value
+
+    def change(description, tensors):
+        place = description
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return change
+
+
+HOSTILE = {
+    "renamed keys": (_rename, "missing .* not expected module"),
+    "a key dropped": (_drop_one, "missing out.bias"),
+    "a key added": (_add_one, "not expected extra"),
+    "NaN weight": (_nan, "NaN or infinity in ema.out.weight"),
+    "wrong shape": (_wrong_shape, r"out.bias of shape \(3,\), found \(4,\)"),
+    "wider network": (_set("network", "config", "hidden", 16), "of shape"),
+    "deeper network": (_set("network", "config", "layers", 2), "missing layers.1"),
+    "enormous network": (_set("network", "config", "hidden", 10**7), "elements"),
+    "endless network": (_set("network", "config", "layers", 10**12), "elements"),
+    "enormous negative": (_set("network", "config", "hidden", -(10**7)), "elements"),
+    "unknown argument": (_set("network", "config", "surprise", 1), "surprise"),
+    "config of another type": (_set("network", "config", [1, 2]), "does not rebuild"),
+    "config text": (_set("network", "config", "hidden", "8; import os"), "does not rebuild"),
+    "another class": (_set("network", "class", "UNet"), "does not rebuild"),
+    "class from elsewhere": (_set("network", "class", "os.system"), "expected one of scoresde.networks"),
+    "dunder": (_set("network", "class", "__builtins__"), "expected one of scoresde.networks"),
+    "no class": (_set("network", {}), "does not rebuild"),
+    "unknown sde": (_set("sde", "class", "MySDE"), "does not rebuild"),
+    "wrong rates": (_set("sde", "schedule", "beta_max", -1.0), "does not rebuild"),
+    "unknown schedule": (_set("sde", "schedule", "class", "eval"), "does not rebuild"),
+    "learned without weights": (_set("sde", "schedule", {"class": "Learned", "hidden": 10**12}), "weights of the schedule"),
+    "unknown prediction": (_set("predicts", "name", "score2"), "does not rebuild"),
+    "bad preconditioning": (_set("predicts", {"name": "Karras", "sigma_data": -1.0}), "does not rebuild"),
+    "unknown time": (_set("time_input", "clock"), "does not rebuild"),
+    "unknown dtype": (_set("dtype", "nn"), "does not rebuild"),
+    "newer version": (_set("version", 2), "version 1, found version 2"),
+    "list": (lambda description, tensors: [1], "found version None"),
+    "incomplete": (lambda description, tensors: {"version": 1}, "found none of"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_with_a_right_signature_are_refused(saved, name):
+    change, message = HOSTILE[name]
+    resigned(saved, change)
+    state = torch.get_rng_state()
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(saved)
+    assert time.perf_counter() - start < 5 and torch.equal(state, torch.get_rng_state())
+
+
+def test_the_resigned_file_itself_is_a_good_one(saved):
+    before = checkpoint.load(saved)
+    resigned(saved, lambda description, tensors: None)
+    assert same_tensors(checkpoint.load(saved), before)
+
+
+def test_nan_is_not_saved_and_does_not_replace_the_good_file(saved):
+    content = saved.read_bytes()
+    bad = random_model()
+    with torch.no_grad():
+        bad.network.out.bias[1] = torch.nan
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in model\.out\.bias"):
+        checkpoint.save(saved, bad)
+    with torch.no_grad():
+        bad.network.out.bias[1] = 1e30
+    with pytest.raises(CheckpointError, match="another dtype"):
+        checkpoint.save(saved, bad, dtype=torch.float16)
+    assert saved.read_bytes() == content and os.listdir(saved.parent) == [saved.name]
+
+
+# ---- crashes
+
+SAVER = """
+    import sys, torch
+    from scoresde import checkpoint
+    from scoresde.denoiser import Denoiser
+    from scoresde.networks import MLP
+    from scoresde.sde import VPSDE
+    model = Denoiser(MLP(3, hidden=200, layers=3), VPSDE())
+"""
+
+
+def run_saver(script: str, path: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    code = textwrap.dedent(SAVER) + textwrap.dedent(script)
+    return subprocess.Popen([sys.executable, "-c", code, str(path)], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
+@pytest.mark.parametrize("trials", [3, pytest.param(200, marks=pytest.mark.slow)])
+def test_kill_9_while_saving_leaves_the_newest_file_or_the_one_before(tmp_path, trials):
+    """The child says which save has ended; the file holds that one or the next."""
+    script = """
+        for step in range(10**9):
+            with torch.no_grad():
+                model.network.out.bias.fill_(step)
+            checkpoint.save(sys.argv[1], model, metadata={"step": step})
+            print(step, flush=True)
+    """
+    path = tmp_path / "model.safetensors"
+    generator = torch.Generator().manual_seed(trials)
+    stale = 0
+    for _ in range(trials):
+        child = run_saver(script, path)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(0.1 * float(torch.rand((), generator=generator)))
+        child.send_signal(signal.SIGKILL)
+        rest = child.stdout.read().split()
+        child.wait()
+        child.stdout.close()
+        loaded, step = checkpoint.load(path), checkpoint.describe(path)["metadata"]["step"]
+        assert step in (int(rest[-1]) if rest else 0, int(rest[-1]) + 1 if rest else 1)
+        assert bool((loaded.network.out.bias == step).all())
+        stale += len(os.listdir(tmp_path)) - 1
+        assert len(os.listdir(tmp_path)) <= 2
+    checkpoint.save(path, random_model())
+    assert os.listdir(tmp_path) == [path.name], f"{stale} temporary files were left, and not all removed"
+
+
+def test_stale_temporary_files_are_removed_and_files_of_others_are_not(tmp_path):
+    path = tmp_path / "m[1].safetensors"
+    stale = tmp_path / ".m[1].safetensors.0123abcd.tmp"
+    others = [tmp_path / n for n in (".m1.safetensors.0123abcd.tmp", ".m[1].safetensors.notes.tmp", "m[1].safetensors.tmp")]
+    for file in [stale, *others]:
+        file.write_text("x")
+    checkpoint.save(path, random_model())
+    assert not stale.exists() and all(file.exists() for file in others)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="advisory locks are POSIX")
+def test_a_temporary_file_that_is_being_written_is_left_alone(tmp_path):
+    import fcntl
+
+    path = tmp_path / "model.safetensors"
+    with open(tmp_path / ".model.safetensors.0123abcd.tmp", "wb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        checkpoint.save(path, random_model())
+        assert os.path.exists(writer.name)
+    checkpoint.save(path, random_model())
+    assert not os.path.exists(writer.name)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="resource limits are POSIX")
+def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, random_model())
+    content = path.read_bytes()
+    child = run_saver(
+        """
+        import resource
+        for limit in (0, 7, 500, 1000, 4096, 10_000, 100_000, 500_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                checkpoint.save(sys.argv[1], model)
+            except checkpoint.CheckpointError as error:
+                print(error)
+        """,
+        path,
+    )
+    out, _ = child.communicate(timeout=60)
+    lines = out.splitlines()
+    assert child.returncode == 0 and len(lines) == 8
+    assert all("File too large" in line and "unchanged" in line and "Free some space" in line for line in lines)
+    assert path.read_bytes() == content and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        checkpoint.save(tmp_path / "file" / "model", random_model())
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match="could not be written"):
+        checkpoint.save(tmp_path / "folder", random_model())
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_the_file_is_synced_before_it_takes_its_place_and_the_folder_after(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    checkpoint.save(tmp_path / "model", random_model())
+    assert len(calls) == 3 and calls[0].endswith(".tmp") and calls[1:] == ["replace", tmp_path.name]
+
+
+def test_a_link_stays_a_link_and_folders_are_made(tmp_path):
+    real, link = tmp_path / "new" / "deep" / "real", tmp_path / "link"
+    checkpoint.save(real, random_model())
+    link.symlink_to(real)
+    checkpoint.save(link, random_model(seed=5))
+    assert link.is_symlink() and same_tensors(checkpoint.load(real), random_model(seed=5))
+
+
+# ---- resuming: all or nothing
+
+
+def test_restore_wants_the_same_model_and_a_training_state(saved, tmp_path):
+    def model(**options):
+        return random_model(seed=9, classes=4, **options)
+
+    with pytest.raises(CheckpointError, match="weights only"):
+        checkpoint.restore(saved, model(), model())
+    path = tmp_path / "run"
+    tensors = {"a.b": torch.arange(3), "c": torch.tensor(1.5, dtype=torch.float64)}
+    checkpoint.save(path, random_model(classes=4), ema=random_model(seed=1, classes=4), training=checkpoint.Training(tensors, {"step": 3}))
+    a, b = model(), model()
+    got = checkpoint.restore(path, a, b)
+    assert got.values == {"step": 3} and got.tensors.keys() == tensors.keys()
+    assert all(torch.equal(got.tensors[k], tensors[k]) for k in tensors)
+    assert same_tensors(a, random_model(classes=4)) and same_tensors(b, random_model(seed=1, classes=4))
+    for other, message in (
+        (model(sde=VPSDE(0.1, 19.0)), "expected sde"),
+        (model(predicts="velocity"), "expected predicts"),
+        (model().double(), "expected dtype"),
+        (random_model(classes=5), "expected network"),
+    ):
+        before = {k: v.clone() for k, v in other.state_dict().items()}
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.restore(path, other, other)
+        assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
+
+
+def test_the_network_names_are_those_of_the_package():
+    assert {"MLP", "UNet"} <= set(networks.__all__)
