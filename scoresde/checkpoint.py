@@ -1,10 +1,12 @@
 """Checkpoints: one safetensors file that holds weights and a JSON description which rebuilds the denoiser.
 
     groups of tensors   model.*, ema.*, schedule.* (of a learned schedule), training.* (optimiser, generators: what resuming needs)
-    metadata            "scoresde": the description as JSON; "sha256": of the whole file, taken with 64 zeros in its own place
+    metadata            "scoresde": the description as JSON; "sha256": of the whole file, taken with 64 zeros
+                        in its own place
 
-Loading reads numbers and names, never code. A file is written beside its final place and moved there when it is complete and on the disk, so a crash
-leaves the previous one. Any changed byte is found at loading. Every fault is a `CheckpointError`.
+Loading reads numbers and names, never code. A file is written beside its final place and moved there when it
+is complete and on the disk, so a crash leaves the previous one. Any changed byte is found at loading. Every
+fault is a `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -70,13 +72,18 @@ def save(
 ) -> None:
     """Write `model`, and if given its average `ema` and the state of its training, to one file, atomically.
 
-    dtype     store the network's parameters in this dtype, for a smaller file; they are converted back at loading. Buffers and schedules stay exact
+    dtype     store the network's parameters in this dtype, for a smaller file; they are converted back at
+              loading. Buffers and schedules stay exact
     metadata  anything JSON can hold; `describe(path)["metadata"]` gives it back
 
-    Raises CheckpointError if a weight is not finite, if something has no description, or if the file cannot be written; an existing file is then unchanged.
+    Raises CheckpointError if a weight is not finite, if something has no description, or if the file cannot
+    be written; an existing file is then unchanged.
     """
     if dtype is not None and training is not None:
-        raise CheckpointError(f"expected exact weights in a file to resume from, found dtype={dtype}; save the small file by a second call")
+        raise CheckpointError(
+            f"expected exact weights in a file to resume from, found dtype={dtype}; save the small file by "
+            "a second call"
+        )
     description = {
         "version": VERSION,
         **_describe(model),
@@ -93,18 +100,27 @@ def save(
 
 
 def load(
-    path: FilePath, *, weights: Weights | None = None, network: nn.Module | None = None, device: torch.device | str = "cpu"
+    path: FilePath,
+    *,
+    weights: Weights | None = None,
+    network: nn.Module | None = None,
+    device: torch.device | str = "cpu",
 ) -> Denoiser:
-    """The denoiser in the file, in evaluation mode: its EMA weights if it has them, or the `weights` asked for.
+    """The denoiser in the file, in evaluation mode: its EMA weights if it has them, or the `weights` asked
+    for.
 
-    `network` is needed for a network that is not one of `scoresde.networks`; the weights are loaded into it, strictly.
+    `network` is needed for a network that is not one of `scoresde.networks`; the weights are loaded into it,
+    strictly.
 
-    Raises CheckpointError for a missing, truncated or changed file, for one that is no checkpoint, and where names, shapes or values do not fit.
+    Raises CheckpointError for a missing, truncated or changed file, for one that is no checkpoint, and where
+    names, shapes or values do not fit.
     """
     description, tensors = _read(path)
     group = weights or ("ema" if description["ema"] else "model")
     if not _group(tensors, group):
-        raise CheckpointError(f"{path}: expected {group} weights, found none; use weights='model' or save(..., ema=...)")
+        raise CheckpointError(
+            f"{path}: expected {group} weights, found none; use weights='model' or save(..., ema=...)"
+        )
     _check_finite(path, {key: value for key, value in tensors.items() if not key.startswith("training.")})
     with _rebuilding(path):
         network = _rebuilt_network(path, description, _group(tensors, group)) if network is None else network
@@ -118,19 +134,29 @@ def load(
 
 
 def describe(path: FilePath) -> dict[str, Any]:
-    """The description in the file: network, sde, predicts, time_input, dtype, ema, training, metadata. Raises like `load`."""
+    """The description in the file: network, sde, predicts, time_input, dtype, ema, training, metadata. Raises
+    like `load`.
+    """
     with _reading(path) as opened:
         return _description(path, opened)
 
 
 def restore(path: FilePath, model: Denoiser, ema: Denoiser) -> Training:
-    """Load a file with training state into `model` and `ema`, all or nothing, and return that state. Raises like `load`, and if the model in the file is another."""
+    """Load a file with training state into `model` and `ema`, all or nothing, and return that state. Raises
+    like `load`, and if the model in the file is another.
+    """
     description, tensors = _read(path)
     for key, expected in json.loads(json.dumps(_describe(model))).items():
         if description[key] != expected:
-            raise CheckpointError(f"{path}: expected {key} {expected}, as in the model given; found {description[key]}. Build the model that was saved")
+            raise CheckpointError(
+                f"{path}: expected {key} {expected}, as in the model given; found {description[key]}. Build "
+                "the model that was saved"
+            )
     if description["training"] is None or not description["ema"]:
-        raise CheckpointError(f"{path}: expected the state of a training run, found weights only; load them with checkpoint.load and start a new run")
+        raise CheckpointError(
+            f"{path}: expected the state of a training run, found weights only; load them with "
+            "checkpoint.load and start a new run"
+        )
     _check_finite(path, tensors)
     _check_fit(path, _plain(model.network).state_dict(), _group(tensors, "model"))
     _load_strictly(path, _plain(ema.network), _group(tensors, "ema"))
@@ -160,7 +186,9 @@ def _describe(model: Denoiser) -> dict[str, Any]:
 def _describe_sde(sde: LinearSDE) -> dict[str, Any]:
     name = type(sde).__name__
     if SDES.get(name) is not type(sde):
-        raise CheckpointError(f"expected one of the SDEs {sorted(SDES)}, found {type(sde)}: a file could not rebuild it")
+        raise CheckpointError(
+            f"expected one of the SDEs {sorted(SDES)}, found {type(sde)}: a file could not rebuild it"
+        )
     if isinstance(sde, VPSDE):
         return {"class": name, "schedule": _describe_schedule(sde.schedule)}
     return {"class": name, **_fields(sde)}
@@ -169,7 +197,10 @@ def _describe_sde(sde: LinearSDE) -> dict[str, Any]:
 def _describe_schedule(schedule: Schedule) -> dict[str, Any]:
     name = type(schedule).__name__
     if SCHEDULES.get(name) is not type(schedule):
-        raise CheckpointError(f"expected one of the schedules {sorted(SCHEDULES)}, found {type(schedule)}: save it as a Tabulated one")
+        raise CheckpointError(
+            f"expected one of the schedules {sorted(SCHEDULES)}, found {type(schedule)}: save it as a "
+            "Tabulated one"
+        )
     if isinstance(schedule, Learned):
         return {
             "class": name,
@@ -186,8 +217,10 @@ def _fields(instance: Any) -> dict[str, Any]:
 
 
 def _describe_prediction(predicts: Prediction) -> dict[str, Any]:
-    if predicts.name != "Karras" and PREDICTIONS.get(predicts.name) is not predicts:
-        raise CheckpointError(f"expected a prediction from {sorted(PREDICTIONS)} or Karras(sigma_data), found {predicts}")
+    if predicts.name != "Karras" and PREDICTIONS.get(predicts.name) != predicts:
+        raise CheckpointError(
+            f"expected a prediction from {sorted(PREDICTIONS)} or Karras(sigma_data), found {predicts}"
+        )
     return {"name": predicts.name, **dict(predicts.config)}
 
 
@@ -199,16 +232,23 @@ def _rebuilding(path: FilePath) -> Iterator[None]:
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: the description does not rebuild a model: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path}: the description does not rebuild a model: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _rebuilt_network(path: FilePath, description: dict[str, Any], tensors: Tensors) -> nn.Module:
     name, config = description["network"]["class"], description["network"]["config"]
     if name not in networks.__all__ or config is None:
-        raise CheckpointError(f"{path}: expected one of scoresde.networks {networks.__all__}, found {name!r}; pass load(..., network=...)")
+        raise CheckpointError(
+            f"{path}: expected one of scoresde.networks {networks.__all__}, found {name!r}; pass load(..., "
+            "network=...)"
+        )
     elements = sum(tensor.numel() for tensor in tensors.values())
     if any(abs(size) > elements for size in _integers(config)):
-        raise CheckpointError(f"{path}: expected a network of {elements} elements, as stored; found the configuration {config}")
+        raise CheckpointError(
+            f"{path}: expected a network of {elements} elements, as stored; found the configuration {config}"
+        )
     make = getattr(networks, name)
     dtype = getattr(torch, description["dtype"])
     with torch.device("meta"):  # shapes first: no memory is taken for a configuration that does not fit
@@ -236,10 +276,12 @@ def _rebuilt_sde(path: FilePath, description: dict[str, Any], tensors: Tensors) 
 
 
 def _rebuilt_schedule(path: FilePath, description: dict[str, Any], tensors: Tensors) -> Schedule:
-    options = dict(description)
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in description.items()}
     make = SCHEDULES[options.pop("class")]
     if make is Learned and not 1 <= options["hidden"] <= sum(tensor.numel() for tensor in tensors.values()):
-        raise CheckpointError(f"{path}: expected the weights of the schedule {description}, found {sorted(tensors)}")
+        raise CheckpointError(
+            f"{path}: expected the weights of the schedule {description}, found {sorted(tensors)}"
+        )
     schedule = make(**options)
     if isinstance(schedule, Learned):
         _load_strictly(path, schedule, tensors)
@@ -276,25 +318,36 @@ def _grouped(group: str, tensors: Tensors) -> Tensors:
 
 
 def _group(tensors: Tensors, group: str) -> Tensors:
-    return {key.removeprefix(f"{group}."): value for key, value in tensors.items() if key.startswith(f"{group}.")}
+    return {
+        key.removeprefix(f"{group}."): value for key, value in tensors.items() if key.startswith(f"{group}.")
+    }
 
 
 def _check_finite(path: FilePath, tensors: Tensors) -> None:
-    bad = [key for key, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    bad = [
+        key
+        for key, value in tensors.items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
     if bad:
-        raise CheckpointError(f"{path}: expected finite weights, found NaN or infinity in {_some(bad)}; use an earlier checkpoint, or another dtype if one was asked for")
+        raise CheckpointError(
+            f"{path}: expected finite weights, found NaN or infinity in {_some(bad)}; use an earlier "
+            "checkpoint, or another dtype if one was asked for"
+        )
 
 
 def _check_fit(path: FilePath, expected: Mapping[str, Tensor], found: Tensors) -> None:
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(
-            f"{path}: expected the {len(expected)} tensors of the network; missing {_some(missing)}, not expected {_some(unexpected)}. Load it into the network that was saved"
+            f"{path}: expected the {len(expected)} tensors of the network; missing {_some(missing)}, not "
+            f"expected {_some(unexpected)}. Load it into the network that was saved"
         )
     for key, tensor in expected.items():
         if tensor.shape != found[key].shape:
             raise CheckpointError(
-                f"{path}: expected {key} of shape {tuple(tensor.shape)}, found {tuple(found[key].shape)}. Load it into the network that was saved"
+                f"{path}: expected {key} of shape {tuple(tensor.shape)}, found {tuple(found[key].shape)}. "
+                "Load it into the network that was saved"
             )
 
 
@@ -304,7 +357,9 @@ def _load_strictly(path: FilePath, module: nn.Module, tensors: Tensors) -> None:
 
 
 def _some(names: list[str], most: int = 5) -> str:
-    return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "none"
+    return (
+        ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    ) or "none"
 
 
 # ---- bytes
@@ -312,11 +367,15 @@ def _some(names: list[str], most: int = 5) -> str:
 
 def _serialize(tensors: Tensors, description: dict[str, Any]) -> bytes:
     # Clones: safetensors takes neither tied nor strided tensors.
-    owned = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    owned = {
+        k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()
+    }
     try:
         text = json.dumps(description, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"expected metadata that JSON can hold, found {description}: {error}") from error
+        raise CheckpointError(
+            f"expected metadata that JSON can hold, found {description}: {error}"
+        ) from error
     return safetensors.torch.save(owned, {"scoresde": text, "sha256": UNSIGNED})
 
 
@@ -330,7 +389,8 @@ def _write(path: Path, content: bytes) -> None:
             file.write(memoryview(content)[header:])
     except OSError as error:
         raise CheckpointError(
-            f"{path}: could not be written ({error.strerror or error}); a file that was there before is unchanged. Free some space or choose another place"
+            f"{path}: could not be written ({error.strerror or error}); a file that was there before is "
+            "unchanged. Free some space or choose another place"
         ) from error
 
 
@@ -342,7 +402,9 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(temporary, "xb") as file:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for as long as this process lives and writes
+                fcntl.flock(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # held for as long as this process lives and writes
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -388,17 +450,33 @@ def _reading(path: FilePath) -> Iterator[Any]:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{path}: expected a checkpoint file, found none that can be read ({error.strerror or error})") from error
+        raise CheckpointError(
+            f"{path}: expected a checkpoint file, found none that can be read ({error.strerror or error})"
+        ) from error
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected a checkpoint, found a damaged file ({error}); use another copy") from error
+        raise CheckpointError(
+            f"{path}: expected a checkpoint, found a damaged file ({error}); use another copy"
+        ) from error
 
 
 def _description(path: FilePath, opened: Any) -> dict[str, Any]:
     description = json.loads(opened.metadata()["scoresde"])
     version = description.get("version") if isinstance(description, dict) else None
     if version != VERSION:
-        raise CheckpointError(f"{path}: expected a checkpoint of version {VERSION}, found version {version}; use a release of scoresde that reads it")
-    missing = {"network", "sde", "predicts", "time_input", "dtype", "ema", "training", "metadata"} - description.keys()
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of version {VERSION}, found version {version}; use a release of "
+            "scoresde that reads it"
+        )
+    missing = {
+        "network",
+        "sde",
+        "predicts",
+        "time_input",
+        "dtype",
+        "ema",
+        "training",
+        "metadata",
+    } - description.keys()
     if missing:
         raise CheckpointError(f"{path}: expected a complete description, found none of {sorted(missing)}")
     return description
@@ -408,16 +486,23 @@ def _check_signature(path: FilePath, file: BinaryIO) -> None:
     length = os.fstat(file.fileno()).st_size
     header = 8 + int.from_bytes(file.read(8), "little")
     if not 8 < header <= length:
-        raise CheckpointError(f"{path}: expected a safetensors file, found {length} bytes that are none or a part of one; use another copy")
+        raise CheckpointError(
+            f"{path}: expected a safetensors file, found {length} bytes that are none or a part of one; use "
+            "another copy"
+        )
     file.seek(0)
     head = file.read(header)
     signatures = re.findall(rb'"sha256":"([0-9a-f]{64})"', head)
     if len(signatures) != 1 or b'"scoresde":' not in head:
-        raise CheckpointError(f"{path}: expected a checkpoint of this library, found another safetensors file or a damaged one; write it with checkpoint.save")
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of this library, found another safetensors file or a damaged "
+            "one; write it with checkpoint.save"
+        )
     digest = hashlib.sha256(head.replace(signatures[0], UNSIGNED.encode()))
     while block := file.read(1 << 20):
         digest.update(block)
     if digest.hexdigest().encode() != signatures[0]:
         raise CheckpointError(
-            f"{path}: expected SHA-256 {signatures[0].decode()}, found {digest.hexdigest()}: the file is truncated or was changed; use another copy"
+            f"{path}: expected SHA-256 {signatures[0].decode()}, found {digest.hexdigest()}: the file is "
+            "truncated or was changed; use another copy"
         )

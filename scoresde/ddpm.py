@@ -200,32 +200,5 @@ class DDPM:
 
 
 def discretize(sde: VPSDE, n: int, rule: str = "exact") -> DDPM:
-    """The n-step chain of a VP-SDE on t_i = i/n.
-
-    "exact": `log alpha_i = -(B_i - B_{i-1})` with `B_0 = 0`, marginals equal to the SDE's.
-    "euler": `beta_i = beta(t_i)/n`, first order in 1/n.
-    """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"expected a number of steps n >= 1, found {n!r}")
-    t = _nodes(n)[1:]
-    if rule == "exact":
-        B = sde.B(t)
-        return DDPM.from_log_alphas(-torch.diff(B, prepend=B.new_zeros(1)))
-    if rule != "euler":
-        raise ValueError(f"expected rule 'exact' or 'euler', found {rule!r}")
-    rates = sde.beta(t)
-    if not bool((rates < n).all()):
-        raise ValueError(
-            f"expected beta(t)/n < 1 for the Euler rule, found {rates.max().item() / n:.4g} at n={n}; "
-            f"take at least {int(sde.beta(_nodes(1000)).max().item()) + 1} steps, or rule='exact'"
-        )
-    return DDPM(rates / n)
-
-
-def _nodes(n: int) -> Tensor:
-    """The times 0, 1/n, ..., 1."""
-    return torch.arange(n + 1, dtype=torch.float64) / n
-
-
-def _extremes(index: Tensor) -> str:
-    return f"{int(index.min())}..{int(index.max())}"
+    """The n-step chain of a VP-SDE on t_i = i/n, by either rule of `VPSDE.log_alphas`."""
+    return DDPM.from_log_alphas(sde.log_alphas(n, rule))

@@ -22,7 +22,7 @@ from .denoiser import SCORE, BaseDenoiser, Prediction
 from .engines import Engine, Terms, engine_of
 from .schedules import Time, wide
 from .sde import LinearSDE, like
-from .spectrum import Covariance, LowRank, Spectrum, real, spectrum_of, stack
+from .spectrum import Covariance, LowRank, Numbers, Spectrum, real, spectrum_of, stack
 
 __all__ = ["Empirical", "ExactDenoiser", "Gaussian", "Law", "LowRank", "Mixture"]
 
@@ -166,7 +166,7 @@ class Law:
         kind = Mixture if isinstance(self, Empirical) else type(self)
         return self._make(kind, self._log_w, alpha * self._means, self._spectrum.affine(alpha**2, sigma**2))
 
-    def posterior(self, y: Any, A: Any, noise_var: float) -> Any:
+    def posterior(self, y: Numbers, A: Numbers, noise_var: float) -> Any:
         """The law of x given `y = A x + N(0, noise_var I)`; y (m,), A (m, D) acting on the flattened event,
         noise_var > 0. Of the same class.
 
@@ -183,7 +183,7 @@ class Law:
         weights = (self._log_w + torch.stack(log_w)).log_softmax(0)
         return self._make(type(self), weights, torch.stack(means), stack(spectra))
 
-    def _observation(self, y: Any, A: Any, noise_var: float) -> tuple[Tensor, Tensor]:
+    def _observation(self, y: Numbers, A: Numbers, noise_var: float) -> tuple[Tensor, Tensor]:
         y, A = real(y, "y", self.device), real(A, "A", self.device)
         y = y.reshape(1) if y.ndim == 0 else y
         if A.ndim != 2 or A.shape[1] != self.dim or y.shape != A.shape[:1]:
@@ -225,7 +225,7 @@ class Gaussian(Law):
     below D 2^-52 of the largest count as 0.
     """
 
-    def __init__(self, mean: Any, cov: Covariance) -> None:
+    def __init__(self, mean: Numbers, cov: Covariance) -> None:
         m = real(mean, "the mean")
         m = m.reshape(1) if m.ndim == 0 else m
         event = tuple(m.shape)
@@ -278,7 +278,7 @@ class Mixture(Law):
     normalised to rounding).
     """
 
-    def __init__(self, weights: Any, means: Any, covs: Covariance) -> None:
+    def __init__(self, weights: Numbers, means: Numbers, covs: Covariance) -> None:
         m = _stacked(means, "means")
         event = tuple(m.shape[1:])
         spectrum = spectrum_of(covs, (len(m),), event, m.device)
@@ -293,7 +293,7 @@ class Empirical(Law):
     trained on these points aims at.
     """
 
-    def __init__(self, points: Any, weights: Any = None) -> None:
+    def __init__(self, points: Numbers, weights: Numbers | None = None) -> None:
         x = _stacked(points, "points")
         N, event = len(x), tuple(x.shape[1:])
         log_w = _log_weights([1 / max(N, 1)] * N if weights is None else weights, N, x.device)
@@ -305,7 +305,7 @@ class Empirical(Law):
         """The points, float64."""
         return self.means
 
-    def posterior(self, y: Any, A: Any, noise_var: float) -> Empirical:
+    def posterior(self, y: Numbers, A: Numbers, noise_var: float) -> Empirical:
         """The same points, weights times N(y; A x, noise_var I)."""
         y, A = self._observation(y, A, noise_var)
         errors = y - self._means @ A.mT
@@ -377,14 +377,14 @@ def _log_density(terms: Terms, dim: int) -> Tensor:
     return terms.logits.logsumexp(-1) + terms.common() - 0.5 * dim * math.log(2 * math.pi)
 
 
-def _stacked(value: Any, name: str) -> Tensor:
+def _stacked(value: Numbers, name: str) -> Tensor:
     tensor = real(value, f"the {name}")
     if tensor.ndim == 0:
         raise ValueError(f"expected {name} of shape (K, *event), found a single number")
     return tensor[:, None] if tensor.ndim == 1 else tensor
 
 
-def _log_weights(weights: Any, count: int, device: torch.device) -> Tensor:
+def _log_weights(weights: Numbers, count: int, device: torch.device) -> Tensor:
     w = real(weights, "the weights", device)
     if w.shape != (count,) or bool((w < 0).any()):
         raise ValueError(f"expected {count} weights >= 0, found shape {tuple(w.shape)}: {w.tolist()[:8]}")

@@ -1,10 +1,12 @@
-"""Objectives: denoising, implicit and sliced score matching, their weightings, and the times they are taken at.
+"""Objectives: denoising, implicit and sliced score matching, their weightings, and the times they are taken
+at.
 
-Every weighting is stated as the factor w(t) on `|x_0 - D(x_t)|^2`, whatever the network predicts, so all are comparable. The error of any other
-view `F = p x_0 + q eps` at the same x_t is a multiple of it, `|F - F*|^2 = (p - q alpha/sigma)^2 |x_0 - D|^2`.
+Every weighting is stated as the factor w(t) on `|x_0 - D(x_t)|^2`, whatever the network predicts, so all are
+comparable. The error of any other view `F = p x_0 + q eps` at the same x_t is a multiple of it, `|F - F*|^2 =
+(p - q alpha/sigma)^2 |x_0 - D|^2`.
 
-A loss is made of four parts, each a plain function: who is drawn (`independent`, `stratified`: numbers u in [0, 1)), when (`uniform`,
-`uniform_log_snr`, `log_normal`, `chain`: u -> t), how much it counts (`simple`, `likelihood`, ...: t -> w), and the error itself. Options of the
+A loss is made of four parts, each a plain function: who is drawn (`independent`, `stratified`: numbers u in
+[0, 1)), when (`uniform`, `uniform_log_snr`, `log_normal`, `chain`: u -> t), how much it counts (`simple`, `likelihood`, ...: t -> w), and the error itself. Options of the
 parts are given by `functools.partial`.
 """
 
@@ -25,7 +27,9 @@ Weighting = Callable[[LinearSDE, Tensor], Tensor]
 """(sde, t) -> w(t), float64, of the shape of t."""
 
 Times = Callable[[LinearSDE, Tensor], Tensor]
-"""(sde, u) -> t for u in [0, 1), increasing or decreasing in u: the quantile function of the law of t, so that any way of drawing u works."""
+"""(sde, u) -> t for u in [0, 1), increasing or decreasing in u: the quantile function of the law of t, so
+that any way of drawing u works.
+"""
 
 Draw = Callable[[int, torch.Generator], Tensor]
 """(n, generator) -> (n,) float64 numbers in [0, 1), each uniform."""
@@ -37,22 +41,28 @@ Score = Callable[[Tensor], Tensor]
 
 
 def unit(prediction: Prediction, sde: LinearSDE, t: Tensor) -> Tensor:
-    """The weight `(p - q alpha/sigma)^2` under which the loss is the plain mean square of the predicted quantity's error."""
+    """The weight `(p - q alpha/sigma)^2` under which the loss is the plain mean square of the predicted
+    quantity's error.
+    """
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     p, q = prediction.pq(alpha, sigma)
     return (p - q * alpha / sigma).square()
 
 
 def simple(sde: LinearSDE, t: Tensor) -> Tensor:
-    """`alpha^2/sigma^2`, the SNR: mean square error of the noise (L_simple, Ho et al. 2020, arXiv:2006.11239, eq. 14)."""
+    """`alpha^2/sigma^2`, the SNR: mean square error of the noise (L_simple, Ho et al. 2020, arXiv:2006.11239,
+    eq. 14).
+    """
     return unit(NOISE, sde, t)
 
 
 def likelihood(sde: LinearSDE, t: Tensor) -> Tensor:
-    """`g^2 alpha^2 / (2 sigma^4) = -(d SNR/dt)/2`: nats per unit of time, the g^2 weighting of the score's error (Song et al. 2021, arXiv:2101.09258, eq. 7).
+    """`g^2 alpha^2 / (2 sigma^4) = -(d SNR/dt)/2`: nats per unit of time, the g^2 weighting of the score's
+    error (Song et al. 2021, arXiv:2101.09258, eq. 7).
 
-    Its integral over [s, t] is the chain's ELBO weight, (SNR_s - SNR_t)/2. With t from `uniform_log_snr` it is estimated by the `simple` loss times
-    half the range of log-SNR, at far smaller variance than with uniform t: that is the paper's importance sampling.
+    Its integral over [s, t] is the chain's ELBO weight, (SNR_s - SNR_t)/2. With t from `uniform_log_snr` it
+    is estimated by the `simple` loss times half the range of log-SNR, at far smaller variance than with
+    uniform t: that is the paper's importance sampling.
     """
     return 0.5 * sde.rates(t)[1] * (sde.alpha(t) / sde.sigma(t).square()).square()
 
@@ -73,7 +83,9 @@ def snr_plus_one(sde: LinearSDE, t: Tensor) -> Tensor:
 
 
 def edm(sde: LinearSDE, t: Tensor, *, sigma_data: float = 0.5) -> Tensor:
-    """`(sigma^2 + alpha^2 sigma_data^2)/(sigma sigma_data)^2 = 1/c_out^2`: weight one on the raw output under `Karras(sigma_data)` (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+    """`(sigma^2 + alpha^2 sigma_data^2)/(sigma sigma_data)^2 = 1/c_out^2`: weight one on the raw output under
+    `Karras(sigma_data)` (Karras et al. 2022, arXiv:2206.00364, table 1).
+    """
     return unit(Karras(sigma_data), sde, t)
 
 
@@ -87,23 +99,30 @@ def uniform(sde: LinearSDE, u: Tensor, *, end: float | None = None) -> Tensor:
 
 
 def uniform_log_snr(sde: LinearSDE, u: Tensor, *, end: float | None = None) -> Tensor:
-    """log-SNR uniform between its values at `end` (u = 0) and `t_max`; ValueError where those are infinite (Rectified at t = 1)."""
+    """log-SNR uniform between its values at `end` (u = 0) and `t_max`; ValueError where those are infinite
+    (Rectified at t = 1).
+    """
     high, low = _log_snr_range(sde, end)
     if not math.isfinite(high - low):
         raise ValueError(
-            f"expected a finite range of log-SNR, found [{low}, {high}] for {sde}; use losses.log_normal or losses.uniform, or end > 0"
+            f"expected a finite range of log-SNR, found [{low}, {high}] for {sde}; use losses.log_normal or "
+            "losses.uniform, or end > 0"
         )
     return sde.time(high + u * (low - high))
 
 
 def log_normal(sde: LinearSDE, u: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """`log(sigma/alpha) ~ N(mean, std^2)`, clipped to the SDE's range (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+    """`log(sigma/alpha) ~ N(mean, std^2)`, clipped to the SDE's range (Karras et al. 2022, arXiv:2206.00364,
+    table 1).
+    """
     log_sigma = mean + std * torch.special.ndtri(u)
     return sde.time(-2 * log_sigma).clamp(max(sde.t_min, sde.default_end), sde.t_max)
 
 
 def chain(sde: LinearSDE, u: Tensor, *, n: int = 1000) -> Tensor:
-    """`t = i/n`, i uniform in 1..n: with `simple`, Algorithm 1 of Ho et al. (2020, arXiv:2006.11239) on the n-step chain."""
+    """`t = i/n`, i uniform in 1..n: with `simple`, Algorithm 1 of Ho et al. (2020, arXiv:2006.11239) on the
+    n-step chain.
+    """
     return ((u * n).floor() + 1) / n
 
 
@@ -122,7 +141,8 @@ def independent(n: int, generator: torch.Generator) -> Tensor:
 
 
 def stratified(n: int, generator: torch.Generator) -> Tensor:
-    """`u_i = (i + u)/n` with a single u: each is uniform, and one lies in each n-th of [0, 1) (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+    """`u_i = (i + u)/n` with a single u: each is uniform, and one lies in each n-th of [0, 1) (Kingma et al.
+    2021, arXiv:2107.00630, appendix I.1).
 
     In increasing order: pair them with samples that are in random order.
     """
@@ -142,10 +162,11 @@ def denoising(
     weight: Weighting = simple,
     **cond: Any,
 ) -> Float[Tensor, " b"]:
-    """Denoising score matching: `w(t)` times the mean over elements of `|x_0 - D(x_t, t)|^2`, `x_t = alpha x_0 + sigma eps` (Vincent 2011, Neural Computation 23:1661).
+    """Denoising score matching: `w(t)` times the mean over elements of `|x_0 - D(x_t, t)|^2`, `x_t = alpha
+    x_0 + sigma eps` (Vincent 2011, Neural Computation 23:1661).
 
-    The minimiser is E[x_0 | x_t] for any positive weight. For a `Denoiser` the error is taken on the network's own output and target, so that
-    nothing cancels at small sigma.
+    The minimiser is E[x_0 | x_t] for any positive weight. For a `Denoiser` the error is taken on the
+    network's own output and target, so that nothing cancels at small sigma.
     """
     mean, std = model.sde.marginal(x0, t)
     x_t = mean + std * eps
@@ -159,11 +180,12 @@ def denoising(
 
 
 def implicit(score: Score, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
-    """`|s(x)|^2/2 + tr(ds/dx)`, the trace exact by one backward pass per element (Hyvarinen 2005, JMLR 6:695, eq. 4).
+    """`|s(x)|^2/2 + tr(ds/dx)`, the trace exact by one backward pass per element (Hyvarinen 2005, JMLR 6:695,
+    eq. 4).
 
-    In expectation over x ~ p it is the Fisher divergence `E|s - grad log p|^2 / 2` minus `E|grad log p|^2 / 2`.
-    `score` maps (B, ...) to the same shape and must treat the samples independently. Differentiable in the parameters
-    of `score`. Raises ValueError if `score` changes the shape.
+    In expectation over x ~ p it is the Fisher divergence `E|s - grad log p|^2 / 2` minus `E|grad log p|^2 /
+    2`. `score` maps (B, ...) to the same shape and must treat the samples independently. Differentiable in
+    the parameters of `score`. Raises ValueError if `score` changes the shape.
     """
 
     def loss(x: Tensor, s: Tensor) -> Tensor:
@@ -177,9 +199,11 @@ def implicit(score: Score, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
 def sliced(
     score: Score, x: Float[Tensor, "b ..."], v: Float[Tensor, "b ..."], *, reduce_variance: bool = True
 ) -> Float[Tensor, " b"]:
-    """`v.(ds/dx) v + |s|^2/2`, or with `(v.s)^2/2` in place of the second term, by one backward pass (Song et al. 2019, arXiv:1905.07088, eqs. 8, 7).
+    """`v.(ds/dx) v + |s|^2/2`, or with `(v.s)^2/2` in place of the second term, by one backward pass (Song et
+    al. 2019, arXiv:1905.07088, eqs. 8, 7).
 
-    Unbiased for `implicit` when E[v v^T] = I (normal or Rademacher v, of the shape of x). Differentiable like it.
+    Unbiased for `implicit` when E[v v^T] = I (normal or Rademacher v, of the shape of x). Differentiable like
+    it.
     """
 
     def loss(x: Tensor, s: Tensor) -> Tensor:

@@ -354,12 +354,11 @@ def _end_slope(near: Tensor, far: Tensor) -> Tensor:
     return torch.maximum(1.5 * near - 0.5 * far, 0.1 * near)
 
 
-def _increasing_root(function: Callable[[Tensor], Tensor], like: Tensor, iterations: int = 60) -> Tensor:
-    """The root in [0, 1] of an increasing elementwise function, bisected from below (a root at 0 is exact).
-    """
+def _increasing_root(function: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The root in [0, 1] of an increasing elementwise function, bisected from below (0 is exact)."""
     low, high = torch.zeros_like(like), torch.ones_like(like)
     with torch.no_grad():
-        for _ in range(iterations):
+        for _ in range(90):  # to the last bit of roots down to 1e-11
             middle = (low + high) / 2
             below = function(middle) < 0
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)

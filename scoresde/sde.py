@@ -18,7 +18,6 @@ from torch import Tensor
 from .schedules import Linear, Schedule, Tabulated, Time, holds, tabulated_betas, wide
 
 if TYPE_CHECKING:
-    from .ddpm import DDPM
     from .denoiser import BaseDenoiser
 
 
@@ -239,19 +238,31 @@ class VPSDE(LinearSDE):
     def innovation(self, s: Time, t: Time) -> Tensor:
         return -torch.expm1(self.B(s) - self.B(t))
 
-    def chain(self, n: int, rule: str = "exact") -> DDPM:
-        """The n-step DDPM chain of this process."""
-        from .ddpm import discretize
+    def log_alphas(self, n: int, rule: str = "exact") -> Tensor:
+        """The (n,) float64 logarithms of `1 - beta_i` in the n-step DDPM chain on t_i = i/n.
 
-        return discretize(self, n, rule)
+        "exact": `-(B_i - B_{i-1})` with `B_0 = 0`, marginals equal to the SDE's at every node.
+        "euler": `log(1 - beta(t_i)/n)`, first order in 1/n; raises ValueError where beta(t_i) >= n.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"expected a number of steps n >= 1, found {n!r}")
+        if rule not in ("exact", "euler"):
+            raise ValueError(f"expected rule 'exact' or 'euler', found {rule!r}")
+        t = torch.arange(1, n + 1, dtype=torch.float64) / n
+        if rule == "exact":
+            B = self.B(t)
+            return -torch.diff(B, prepend=B.new_zeros(1))
+        rates = self.beta(t)
+        if not bool((rates < n).all()):
+            raise ValueError(
+                f"expected beta(t)/n < 1 for the Euler rule, found {rates.max().item() / n:.4g} at n={n}; "
+                "take more steps, or rule='exact'"
+            )
+        return torch.log1p(-rates / n)
 
     def betas(self, n: int, rule: str = "exact") -> Tensor:
-        """The (n,) float64 table of the n-step chain on t_i = i/n.
-
-        "exact" `1 - exp(-(B_i - B_{i-1}))`, or "euler" `beta(t_i)/n`. Raises ValueError for other words, and
-        where the Euler rule gives 1 or more.
-        """
-        return self.chain(n, rule).betas
+        """The (n,) float64 table `beta_i` of the n-step chain on t_i = i/n, by either rule of `log_alphas`."""
+        return -torch.expm1(self.log_alphas(n, rule))
 
 
 class SubVPSDE(VPSDE):
@@ -282,7 +293,7 @@ class SubVPSDE(VPSDE):
         a = half.exp()
         return -torch.expm1(half) * (1 + a * (-B).exp()) * (self.sigma(t) + a * self.sigma(s))
 
-    def chain(self, n: int, rule: str = "exact") -> DDPM:
+    def log_alphas(self, n: int, rule: str = "exact") -> Tensor:
         raise TypeError("expected a VP-SDE to discretize, found sub-VP; use VPSDE(schedule=sde.schedule)")
 
 

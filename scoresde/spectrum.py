@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +22,11 @@ class LowRank:
     factor: Tensor
 
 
-Covariance = float | Tensor | LowRank
+Numbers = int | float | Sequence[Any] | np.ndarray | Tensor
+Covariance = Numbers | LowRank
 
 
-def real(value: Any, name: str, device: torch.device | None = None) -> Tensor:
+def real(value: Numbers, name: str, device: torch.device | None = None) -> Tensor:
     """A float64 copy of `value`; ValueError unless it is finite."""
     tensor = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
     if not bool(tensor.isfinite().all()):

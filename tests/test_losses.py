@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scoresde.ddpm import discretize
 from scoresde import losses
 from scoresde.denoiser import BaseDenoiser, Denoiser, Karras
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
@@ -107,7 +108,9 @@ def test_unit_weight_is_the_plain_error_of_each_view(sde, name, target):
         "u": (wrong_eps - wrong) - (eps - x0),
     }[target]
     prediction = Denoiser(Bend(), sde, name).predicts
-    torch.testing.assert_close(losses.unit(prediction, sde, t)[:, None] * off**2, error**2, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        losses.unit(prediction, sde, t)[:, None] * off**2, error**2, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_velocity_error_on_vp_is_snr_plus_one_and_karras_output_error_is_edm():
@@ -161,14 +164,16 @@ def test_loss_of_any_denoiser_and_of_one_behind_conditions():
 
 
 def test_simple_loss_on_the_chain_is_algorithm_1():
-    chain = VPSDE().chain(50)
+    chain = discretize(VPSDE(), 50)
     sde = chain.sde()
     u = losses.stratified(7, torch.Generator().manual_seed(4))
     t = losses.chain(sde, u, n=50)
     x0, eps = torch.randn(2, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     model = Denoiser(Bend(), sde, "noise")
     i = (t * 50).round().long()
-    torch.testing.assert_close(losses.denoising(model, x0, eps, t), chain.loss(model, x0, i, eps), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        losses.denoising(model, x0, eps, t), chain.loss(model, x0, i, eps), rtol=1e-9, atol=0
+    )
 
 
 def test_sigma_squared_weighting_of_the_score_has_the_gradients_of_the_noise_loss():
@@ -187,7 +192,9 @@ def test_sigma_squared_weighting_of_the_score_has_the_gradients_of_the_noise_los
 
 
 def test_denoising_loss_differs_from_the_explicit_one_by_a_constant():
-    """Property 23 by quadrature on N(0, v) data: E w |x_0 - D|^2 - E w |E[x_0|x] - D|^2 = w Var(x_0 | x), whatever D."""
+    """Property 23 by quadrature on N(0, v) data: E w |x_0 - D|^2 - E w |E[x_0|x] - D|^2 = w Var(x_0 | x),
+    whatever D.
+    """
     sde, v, t = VPSDE(), 0.4, torch.tensor([0.05, 0.3, 0.8], dtype=torch.float64)
     z, w = normal_nodes(40)
     a, s = sde.alpha(t), sde.sigma(t)
@@ -226,8 +233,8 @@ def test_dtype_and_device_of_the_loss_are_those_of_the_data(device, dtype):
 
 # ---- implicit and sliced score matching
 
-# p = N(m, S) in two dimensions and affine scores s(x) = A x + b, for which quadrature with 4 nodes a side is exact.
-M = torch.tensor([0.5, -1.0], dtype=torch.float64)
+# p = N(m, S) in two dimensions and affine scores s(x) = A x + b, for which quadrature with 4 nodes a side is
+# exact. M = torch.tensor([0.5, -1.0], dtype=torch.float64)
 S = torch.tensor([[1.2, 0.5], [0.5, 0.7]], dtype=torch.float64)
 A = torch.tensor([[-0.9, 0.4], [0.1, -1.5]], dtype=torch.float64)
 B = torch.tensor([0.3, 0.2], dtype=torch.float64)
@@ -367,19 +374,27 @@ def test_times_are_the_quantile_functions_they_say(sde):
     low, high = sde.default_end, sde.t_max
     torch.testing.assert_close(losses.uniform(sde, u), low + u * (high - low))
     first, last = sde.log_snr(torch.tensor([low, high], dtype=torch.float64))
-    torch.testing.assert_close(sde.log_snr(losses.uniform_log_snr(sde, u)), first + u * (last - first), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        sde.log_snr(losses.uniform_log_snr(sde, u)), first + u * (last - first), rtol=1e-7, atol=1e-7
+    )
     noise = functools.partial(losses.log_normal, mean=-0.5, std=0.8)(sde, u)
     assert float(noise[0]) == low and float(noise.max()) <= high
     z = torch.tensor([-0.6744897501960817, 0.0, 1.2815515655446004], dtype=torch.float64)  # normal quantiles
-    torch.testing.assert_close((sde.sigma(noise) / sde.alpha(noise))[1:4].log(), -0.5 + 0.8 * z, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        (sde.sigma(noise) / sde.alpha(noise))[1:4].log(), -0.5 + 0.8 * z, rtol=1e-7, atol=1e-7
+    )
 
 
 def test_options_of_times_and_their_errors():
     u = torch.tensor([0.0, 0.999999], dtype=torch.float64)
     assert losses.uniform(VPSDE(), u, end=0.2).tolist() == pytest.approx([0.2, 0.9999992])
     assert losses.uniform_log_snr(VPSDE(), u, end=0.2)[0].item() == pytest.approx(0.2)
-    assert losses.log_normal(EDM(), torch.tensor([0.5], dtype=torch.float64)).item() == pytest.approx(math.exp(-1.2))
-    assert losses.chain(VPSDE(), torch.tensor([0.0, 0.0999, 0.1, 0.9999]), n=10).tolist() == pytest.approx([0.1, 0.1, 0.2, 1.0])
+    assert losses.log_normal(EDM(), torch.tensor([0.5], dtype=torch.float64)).item() == pytest.approx(
+        math.exp(-1.2)
+    )
+    assert losses.chain(VPSDE(), torch.tensor([0.0, 0.0999, 0.1, 0.9999]), n=10).tolist() == pytest.approx(
+        [0.1, 0.1, 0.2, 1.0]
+    )
     with pytest.raises(ValueError, match="finite range of log-SNR"):
         losses.uniform_log_snr(Rectified(), u)
 

@@ -5,9 +5,9 @@
         print(progress)
     run.ema  # the averaged denoiser
 
-The run owns its randomness: the same seed gives the same run, and on the CPU a run that was interrupted, saved and
-resumed gives the same bits as one that was not. Outside a call of `next` nothing differs from before it: the global
-random state, the gradient mode and the training flags are as they were found.
+The run owns its randomness: the same seed gives the same run, and on the CPU a run that was interrupted,
+saved and resumed gives the same bits as one that was not. Outside a call of `next` nothing differs from
+before it: the global random state, the gradient mode and the training flags are as they were found.
 """
 
 from scoresde.train.data import Batches, Data

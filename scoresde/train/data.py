@@ -25,10 +25,11 @@ Data = Tensor | tuple[Tensor, Any] | MapDataset
 
 
 class Batches:
-    """Batches in a new random order every epoch, without end; the last one of an epoch is filled from the next epoch.
+    """Batches in a new random order every epoch, without end; the last one of an epoch is filled from the
+    next epoch.
 
-    Tensors are moved to `device` whole, the items of a dataset batch by batch. Raises ValueError or TypeError for data
-    that is empty, not finite, not floating point, or whose conditions have another length.
+    Tensors are moved to `device` whole, the items of a dataset batch by batch. Raises ValueError or TypeError
+    for data that is empty, not finite, not floating point, or whose conditions have another length.
     """
 
     def __init__(self, data: Data, size: int, device: torch.device, seed: int) -> None:
@@ -41,7 +42,9 @@ class Batches:
         elif isinstance(data, MapDataset) and len(data):
             self.dataset, self.length = data, len(data)
         else:
-            raise TypeError(f"data: expected x, (x, labels), or a dataset with a length above 0; found {type(data)}")
+            raise TypeError(
+                f"data: expected x, (x, labels), or a dataset with a length above 0; found {type(data)}"
+            )
         self.generator = torch.Generator().manual_seed(seed)
         self.go_to(self.generator.get_state(), 0)
 
@@ -70,7 +73,7 @@ class Batches:
 
     def _gather(self, index: Tensor) -> tuple[Tensor, Condition]:
         if self.tensors is not None:
-            index = index.to(self.device)
+            index = index.to(self.device, non_blocking=True)
             return self.tensors[0][index], {name: value[index] for name, value in self.tensors[1].items()}
         x, cond = _split(default_collate([self.dataset[i] for i in index.tolist()]))
         return x.to(self.device), {name: value.to(self.device) for name, value in cond.items()}
@@ -90,7 +93,9 @@ def _checked(x: Tensor, cond: Condition) -> tuple[Tensor, Condition]:
     if x.ndim < 2 or not len(x):
         raise ValueError(f"data: expected shape (N, ...) with N > 0, found {tuple(x.shape)}")
     if not bool(x.isfinite().all()):
-        raise ValueError(f"data: expected finite numbers, found {int((~x.isfinite()).sum())} NaN or infinite ones")
+        raise ValueError(
+            f"data: expected finite numbers, found {int((~x.isfinite()).sum())} NaN or infinite ones"
+        )
     for name, value in cond.items():
         if len(value) != len(x):
             raise ValueError(f"{name}: expected {len(x)} entries, one for each sample, found {len(value)}")

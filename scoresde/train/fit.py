@@ -28,28 +28,31 @@ def fit(
     progress: bool = False,
     **settings: Any,
 ) -> Run:
-    """Train `model`, where it is, by denoising score matching: an iterator of `Progress` that has the average, `.ema`.
+    """Train `model`, where it is, by denoising score matching: an iterator of `Progress` that has the
+    average, `.ema`.
 
-    data        x (N, ...), or (x, labels) with labels (N,), or (x, {name: tensor}) for other conditions, or a map-style
-                dataset of such items. Tensors are moved to the model's device whole. Every epoch is a new random order
+    data        x (N, ...), or (x, labels) with labels (N,), or (x, {name: tensor}) for other conditions, or a
+                map-style dataset of such items. Tensors are moved to the model's device whole. Every epoch is
+                a new random order
     steps, batch_size      in all, over all devices
     weight, times, draw    of the loss, see `losses`
     precision   "bf16" or "fp16": mixed precision, by accelerate
-    path        where to save: every `save_every` steps, at the end, at `close()`, and on Ctrl-C, which ends the step
-                first and is then raised as KeyboardInterrupt. `checkpoint.load(path)` gives the averaged denoiser
+    path        where to save: every `save_every` steps, at the end, at `close()`, and on Ctrl-C, which ends
+                the step first and is then raised as KeyboardInterrupt. `checkpoint.load(path)` gives the
+                averaged denoiser
     resume      a file to go on from; seed, batch size and number of samples must be those of its run
     log         a file of JSON lines, one for each record
     progress    show a bar (tqdm)
 
-    settings    the other fields of `Settings`: lr, warmup, cosine, betas, weight_decay, clip, ema_decay, label_dropout,
-                null_label, every, patience, seed
+    settings    the other fields of `Settings`: lr, warmup, cosine, betas, weight_decay, clip, ema_decay,
+                label_dropout, null_label, every, patience, seed
 
     A step whose gradient is not finite changes no weight; `patience` of them in a row end the run with
-    FloatingPointError. Started by `accelerate launch` or torchrun on several devices, each takes its share of every
-    batch, and the run is the same up to rounding (and dropout).
+    FloatingPointError. Started by `accelerate launch` or torchrun on several devices, each takes its share of
+    every batch, and the run is the same up to rounding (and dropout).
 
-    Raises ValueError or TypeError for options or data that do not fit, CheckpointError for a file that does not, and
-    ImportError where accelerate is needed and missing.
+    Raises ValueError or TypeError for options or data that do not fit, CheckpointError for a file that does
+    not, and ImportError where accelerate is needed and missing.
     """
     if not isinstance(model, Denoiser):
         raise TypeError(f"model: expected a Denoiser, as in Denoiser(network, sde); found {type(model)}")

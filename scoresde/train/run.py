@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import checkpoint, losses
 from ..denoiser import Denoiser
@@ -24,7 +25,9 @@ Parts = tuple[losses.Weighting, losses.Times, losses.Draw]
 
 @dataclass(frozen=True)
 class Progress:
-    """The state after `step` of `steps` steps: mean loss since the last record, seconds spent training since the start."""
+    """The state after `step` of `steps` steps: mean loss since the last record, seconds spent training since
+    the start.
+    """
 
     step: int
     steps: int
@@ -42,12 +45,13 @@ class Progress:
 class Settings:
     """The numbers of a run. Raises ValueError for those out of range.
 
-    lr, warmup, cosine     AdamW's rate: rises over the first `warmup` steps; with `cosine` it falls to 0 at the end
+    lr, warmup, cosine     AdamW's rate: rises over the first `warmup` steps; with `cosine` it falls to 0 at
+                           the end
     betas, weight_decay    of AdamW
     clip                   the largest norm of the gradient (None: any)
     ema_decay              of the average, once it is warm
-    label_dropout          probability that a label becomes `null_label`, for classifier-free guidance (Ho and Salimans
-                           2022, arXiv:2207.12598)
+    label_dropout          probability that a label becomes `null_label`, for classifier-free guidance (Ho and
+                           Salimans 2022, arXiv:2207.12598)
     every                  steps between records
     patience               steps in a row that may be not finite
     """
@@ -72,11 +76,18 @@ class Settings:
             value = getattr(self, name)
             _expect(isinstance(value, int) and value >= 1, name, "an int of at least 1", value)
         for name in ("warmup", "weight_decay"):
-            _expect(0 <= getattr(self, name) < math.inf, name, "a finite number of at least 0", getattr(self, name))
+            _expect(
+                0 <= getattr(self, name) < math.inf,
+                name,
+                "a finite number of at least 0",
+                getattr(self, name),
+            )
         for name in ("ema_decay", "label_dropout"):
             _expect(0 <= getattr(self, name) <= 1, name, "a number from 0 to 1", getattr(self, name))
         _expect(0 < self.lr < math.inf, "lr", "a positive number", self.lr)
-        _expect(self.clip is None or 0 < self.clip < math.inf, "clip", "a positive number, or None", self.clip)
+        _expect(
+            self.clip is None or 0 < self.clip < math.inf, "clip", "a positive number, or None", self.clip
+        )
 
     def learning_rate(self, step: int) -> float:
         """The rate of `step`, counted from 1."""
@@ -85,26 +96,40 @@ class Settings:
         return self.lr * rise * fall
 
     def decay(self, step: int) -> float:
-        """The average's decay at `step`: less at the beginning, so that the initial weights are soon forgotten."""
+        """The average's decay at `step`: less at the beginning, so that the initial weights are soon
+        forgotten.
+        """
         return min(self.ema_decay, (1 + step) / (10 + step))
 
 
 class Run(Iterator[Progress]):
-    """A training run; `next(run)` trains up to the next record. Has `model`, `ema`, `step`, `settings`, `seconds`."""
+    """A training run; `next(run)` trains up to the next record.
+
+    Attributes: model; ema, the exponential moving average of the model, in evaluation mode (it goes on
+    moving: copy it to keep it); step; seconds; settings.
+    """
 
     def __init__(
         self, model: Denoiser, data: Data, settings: Settings, parts: Parts, accelerator: Any, output: Output
     ) -> None:
         share = accelerator.num_processes
-        _expect(settings.batch_size % share == 0, "batch_size", f"a multiple of {share} processes", settings.batch_size)
+        _expect(
+            settings.batch_size % share == 0,
+            "batch_size",
+            f"a multiple of {share} processes",
+            settings.batch_size,
+        )
         self.model, self.settings, self.accelerator, self.output = model, settings, accelerator, output
         weight, self.times, self.draw = parts
         self.step, self.seconds = 0, 0.0
-        self.average = AveragedModel(model, multi_avg_fn=self._blend).requires_grad_(False)
-        self.average.n_averaged += 1  # the average starts at the initial weights
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+            self.parameters,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self.objective, self.stepper = accelerator.prepare(Objective(model, weight), self.optimizer)
         zero = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -115,17 +140,12 @@ class Run(Iterator[Progress]):
         self.clock = torch.Generator().manual_seed(clock)
         self.inside = Randomness(model.device, inside + accelerator.process_index)
 
-    @property
-    def ema(self) -> Denoiser:
-        """The exponential moving average of the model, in evaluation mode. It goes on moving; copy it to keep it."""
-        return self.average.module.eval()  # pyright: ignore[reportReturnType]
-
     def __next__(self) -> Progress:
         """Train up to the next record: a multiple of `every`, a save, or the end."""
+        self._check_finite()
         if self.step >= self.settings.steps:
             self.close()
             raise StopIteration
-        self._check_finite()
         start, first = time.perf_counter(), self.step
         with held_interrupts() as interrupted, self._training_mode():
             self._train_step()
@@ -151,7 +171,7 @@ class Run(Iterator[Progress]):
 
     def _train_step(self) -> None:
         x0, cond = self.data.next()
-        t = self.times(self.model.sde, self.draw(len(x0), self.clock)).to(x0.device)
+        t = self.times(self.model.sde, self.draw(len(x0), self.clock)).to(x0.device, non_blocking=True)
         eps = torch.randn(x0.shape, generator=self.noise, dtype=x0.dtype, device=x0.device)
         cond = self._dropped(cond)
         # Every process draws the whole batch and keeps its share.
@@ -162,7 +182,9 @@ class Run(Iterator[Progress]):
         self._update(loss.detach(), norm)
 
     def _update(self, loss: Tensor, norm: Tensor) -> None:
-        """Optimiser and average. A step that is not finite is skipped on the device, without a look from the host."""
+        """Optimiser and average. A step that is not finite is skipped on the device, without a look from the
+        host.
+        """
         self.step += 1
         bad = ~norm.isfinite()  # the norm, since it is the same on all devices
         self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate(self.step)
@@ -170,7 +192,7 @@ class Run(Iterator[Progress]):
             self.optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.stepper.step()
         self.optimizer.zero_grad()
-        self.average.update_parameters(self.model)
+        self._average()
         self.tally["loss"] += torch.where(bad, 0.0, loss)
         self.tally["steps"] += ~bad
         self.tally["bad"].add_(1).mul_(bad)
@@ -181,11 +203,20 @@ class Run(Iterator[Progress]):
         if not self.settings.label_dropout or "label" not in cond:
             return cond
         label = cond["label"]
-        drop = torch.rand(label.shape, generator=self.noise, device=label.device) < self.settings.label_dropout
+        drop = (
+            torch.rand(label.shape, generator=self.noise, device=label.device) < self.settings.label_dropout
+        )
         return {**cond, "label": label.masked_fill(drop, self.settings.null_label)}
 
-    def _blend(self, average: Any, current: Any, n: Any) -> None:
-        get_ema_multi_avg_fn(self.settings.decay(self.step))(average, current, n)
+    @torch.no_grad()
+    def _average(self) -> None:
+        """`ema = d ema + (1 - d) model`; buffers are copied. (torch's AveragedModel would wait for the device
+        here.)
+        """
+        blend = get_ema_multi_avg_fn(self.settings.decay(self.step))
+        blend(list(self.ema.parameters()), list(self.model.parameters()), self.step)  # pyright: ignore[reportArgumentType]
+        for mine, its in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(its)
 
     def _at_record(self) -> bool:
         s = self.settings
@@ -202,8 +233,10 @@ class Run(Iterator[Progress]):
         worst = int(self.tally["worst"].item())
         if worst >= self.settings.patience:
             raise FloatingPointError(
-                f"expected finite losses, found NaN or infinite gradients in {worst} steps in a row, up to step "
-                f"{self.step}; none of them changed a weight. Look at the data, lower lr, or train in full precision"
+                f"expected finite losses, found NaN or infinite gradients in {worst} steps in a row, up to "
+                "step "
+                f"{self.step}; none of them changed a weight. Look at the data, lower lr, or train in full "
+                "precision"
             )
 
     @contextmanager
@@ -228,14 +261,17 @@ class Run(Iterator[Progress]):
         scaler = self.accelerator.scaler
         tensors = {f"tally.{name}": value for name, value in self.tally.items()}
         tensors |= {f"inside.{name}": value for name, value in self.inside.state.items()}
-        tensors |= {"clock": self.clock.get_state(), "noise": self.noise.get_state(), "order": self.data.before_epoch}
+        tensors |= {
+            "clock": self.clock.get_state(),
+            "noise": self.noise.get_state(),
+            "order": self.data.before_epoch,
+        }
         for name, p in self.model.named_parameters():
             tensors |= {f"optimizer.{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
         values = {
             "step": self.step,
             "seconds": self.seconds,
             "position": self.data.position,
-            "averaged": int(self.average.n_averaged),
             "settings": asdict(self.settings),
             "samples": len(self.data),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -243,11 +279,12 @@ class Run(Iterator[Progress]):
         return checkpoint.Training(tensors, values)
 
     def restore(self, path: FilePath) -> None:
-        """Go on from `path`. Raises CheckpointError if it holds no such run, ValueError if it is one on other batches."""
+        """Go on from `path`. Raises CheckpointError if it holds no such run, ValueError if it is one on other
+        batches.
+        """
         self._check_same_batches(path)
         tensors, values = checkpoint.restore(path, self.model, self.ema)
         self.step, self.seconds = values["step"], values["seconds"]
-        self.average.n_averaged.fill_(values["averaged"])
         for name, value in self.tally.items():
             value.copy_(tensors[f"tally.{name}"])
         self.clock.set_state(tensors["clock"])
@@ -265,12 +302,21 @@ class Run(Iterator[Progress]):
         if saved is not None:
             for name in ("seed", "batch_size"):
                 mine = getattr(self.settings, name)
-                _expect(mine == saved["settings"][name], name, f"{saved['settings'][name]}, as in {path}", mine)
-            _expect(len(self.data) == saved["samples"], "data", f"{saved['samples']} samples, as in {path}", len(self.data))
+                _expect(
+                    mine == saved["settings"][name], name, f"{saved['settings'][name]}, as in {path}", mine
+                )
+            _expect(
+                len(self.data) == saved["samples"],
+                "data",
+                f"{saved['samples']} samples, as in {path}",
+                len(self.data),
+            )
 
 
 class Objective(nn.Module):
-    """The loss as a module, so that what wraps modules (several devices, mixed precision) sees one forward pass."""
+    """The loss as a module, so that what wraps modules (several devices, mixed precision) sees one forward
+    pass.
+    """
 
     def __init__(self, model: Denoiser, weight: losses.Weighting) -> None:
         super().__init__()

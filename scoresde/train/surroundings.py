@@ -103,7 +103,9 @@ def accelerator(model: nn.Module, device: torch.device, precision: str) -> Any:
 
 
 class Output:
-    """The files of a run, and its bar: a checkpoint at `path`, JSON lines at `log`. Written by the main process only."""
+    """The files of a run, and its bar: a checkpoint at `path`, JSON lines at `log`. Written by the main
+    process only.
+    """
 
     def __init__(
         self,
@@ -113,7 +115,9 @@ class Output:
         progress: bool = False,
     ) -> None:
         if save_every is not None and (path is None or save_every < 1):
-            raise ValueError(f"save_every: expected at least 1, and a path to save to; found {save_every}, path={path}")
+            raise ValueError(
+                f"save_every: expected at least 1, and a path to save to; found {save_every}, path={path}"
+            )
         self.path, self.save_every, self.log, self.progress = path, save_every, log, progress
         self.saved_at = 0
         self.bar: Any = None

@@ -1,0 +1,169 @@
+"""The main job on real data: scikit-learn's 1797 handwritten digits of 8x8 pixels, a model of them, and how good its samples are.
+
+The digits are split in three by class: the model sees `train`, samples are compared with `held_out`, and the judge, a classifier, is made from `judge`. So what
+measures the samples has seen neither them nor what the model was trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from . import losses, networks
+from .denoiser import Denoiser, Karras
+from .laws import Gaussian
+from .metrics import energy_distance, nearest_distance
+from .sde import VPSDE
+from .train import Run, fit
+
+SHAPE = (1, 8, 8)
+CLASSES = 10
+SIZES = {"train": 1000, "held_out": 397, "judge": 400}
+SIGMA_DATA = 0.75  # standard deviation of a pixel on the scale [-1, 1]
+
+
+class Labelled(NamedTuple):
+    """Images (N, 1, 8, 8) with pixels in [-1, 1], and their classes (N,)."""
+
+    x: Tensor
+    label: Tensor
+
+
+class Digits(NamedTuple):
+    """The three parts."""
+
+    train: Labelled
+    held_out: Labelled
+    judge: Labelled
+
+
+def load() -> Digits:
+    """The digits that come inside scikit-learn, always split the same way, with the same share of every class in each part."""
+    sklearn = _sklearn()
+    x, label = sklearn.datasets.load_digits(return_X_y=True)
+    parts, rest = [], torch.arange(len(label))
+    for size in list(SIZES.values())[:-1]:
+        chosen, rest = sklearn.model_selection.train_test_split(
+            rest, train_size=size, stratify=label[rest], random_state=0
+        )
+        parts.append(chosen)
+    images = torch.as_tensor(x, dtype=torch.float32).view(-1, *SHAPE) / 8 - 1
+    labels = torch.as_tensor(label, dtype=torch.int64)
+    return Digits(*(Labelled(images[part], labels[part]) for part in (*parts, rest)))
+
+
+def denoiser(seed: int = 0) -> Denoiser:
+    """An untrained class-conditional U-Net under the linear VP-SDE, with the preconditioning of Karras et al. (2022, arXiv:2206.00364)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = networks.UNet(1, base=32, multipliers=(1, 2), blocks=1, dropout=0.1, classes=CLASSES, time_input="log_snr")
+    return Denoiser(network, VPSDE(), predicts=Karras(SIGMA_DATA), time_input="log_snr")
+
+
+def training(model: Denoiser, data: Labelled, *, steps: int, **options: Any) -> Run:
+    """`train.fit` with what suits the digits: noise levels around those where they take shape, weighted so that all targets count alike."""
+    return fit(
+        model,
+        (data.x, data.label),
+        weight=partial(losses.edm, sigma_data=SIGMA_DATA),
+        times=partial(losses.log_normal, mean=-0.8, std=1.2),
+        **{"steps": steps, "lr": 2e-3, "ema_decay": 0.998, "label_dropout": 0.1, **options},
+    )
+
+
+def labels(n: int, device: torch.device | str = "cpu") -> Int[Tensor, " n"]:
+    """The classes 0, 1, ..., 9, 0, ... of n samples."""
+    return torch.arange(n, device=device) % CLASSES
+
+
+class Judge:
+    """A classifier made from the `judge` part: logistic regression on radial basis functions around its images."""
+
+    def __init__(self, data: Labelled) -> None:
+        sklearn = _sklearn()
+        features = sklearn.kernel_approximation.Nystroem(gamma=0.03, n_components=len(data.x), random_state=0)
+        regression = sklearn.linear_model.LogisticRegression(C=100.0, max_iter=2000)
+        self._classifier = sklearn.pipeline.make_pipeline(features, regression)
+        self._classifier.fit(_pixels(data.x), data.label.numpy())
+
+    def log_probs(self, x: Float[Tensor, "n 1 8 8"]) -> Float[Tensor, "n 10"]:
+        """Log-probabilities of the classes, not below log(1e-4), where they say no more; float64."""
+        return torch.as_tensor(self._classifier.predict_proba(_pixels(x))).clamp_min(1e-4).log()
+
+    def accuracy(self, x: Float[Tensor, "n 1 8 8"], label: Int[Tensor, " n"]) -> float:
+        """The share of images that are recognised as what they should be."""
+        return float((self.log_probs(x).argmax(1) == label.cpu()).double().mean())
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How samples compare with `held_out`.
+
+    accuracy         of the judge on the classes that were asked for
+    energy_distance  between the judge's log-probabilities of the samples and of the held-out digits; 0 if the laws agree
+    nearest          median distance to the nearest training digit, over that of the held-out digits; below 1 it is memorising
+    copies           share of the samples that are nearer to a training digit than 99 % of the held-out digits are
+    """
+
+    accuracy: float
+    energy_distance: float
+    nearest: float
+    copies: float
+
+
+class Examiner:
+    """Measures samples; made once from the three parts."""
+
+    def __init__(self, data: Digits) -> None:
+        self.data, self.judge = data, Judge(data.judge)
+        self.reference = self.judge.log_probs(data.held_out.x)
+        self.distances = nearest_distance(data.held_out.x, data.train.x)
+
+    def __call__(self, x: Float[Tensor, "n 1 8 8"], label: Int[Tensor, " n"]) -> Quality:
+        """The quality of samples x of the classes `label`; pixels are clipped to [-1, 1] first, as in any picture."""
+        x = x.detach().float().cpu().clamp(-1, 1)
+        nearest = nearest_distance(x, self.data.train.x)
+        return Quality(
+            self.judge.accuracy(x, label),
+            energy_distance(self.judge.log_probs(x), self.reference),
+            float(nearest.median() / self.distances.median()),
+            float((nearest < self.distances.quantile(0.01)).double().mean()),
+        )
+
+    def floor(self, splits: int = 20) -> Quality:
+        """What real digits reach: `held_out` itself; its energy distance is the mean over random halves against each other."""
+        x, label = self.data.held_out
+        generator = torch.Generator().manual_seed(0)
+        orders = [torch.randperm(len(x), generator=generator) for _ in range(splits)]
+        halves = [(self.reference[order[::2]], self.reference[order[1::2]]) for order in orders]
+        energy = sum(energy_distance(a, b) for a, b in halves) / splits
+        return replace(self(x, label), energy_distance=energy)
+
+
+def gaussian(data: Labelled, n: int, seed: int = 0) -> Float[Tensor, "n 1 8 8"]:
+    """Draws of the Gaussian with the images' mean and full covariance: what is known without knowing any shape, or class."""
+    x = data.x.flatten(1).double()
+    generator = torch.Generator().manual_seed(seed)
+    return Gaussian(x.mean(0), x.mT.cov()).sample(n, generator=generator).float().view(n, *SHAPE)
+
+
+def _pixels(x: Tensor) -> Any:
+    return x.detach().flatten(1).double().cpu().numpy()
+
+
+def _sklearn() -> Any:
+    """scikit-learn, with the parts that are used here."""
+    try:
+        import sklearn.datasets
+        import sklearn.kernel_approximation
+        import sklearn.linear_model
+        import sklearn.model_selection
+        import sklearn.pipeline
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn, which is missing: pip install 'scoresde[examples]'") from error
+    return sklearn

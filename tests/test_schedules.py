@@ -1,0 +1,429 @@
+"""Schedules: against high precision, against each other's definitions, and at the ends."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+import random
+
+import mpmath as mp
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scoresde.schedules import (
+    Cosine,
+    Learned,
+    Linear,
+    Schedule,
+    Sigmoid,
+    Tabulated,
+    beta_table,
+    tabulated_betas,
+    wide,
+)
+from scoresde.sde import VPSDE
+
+EPS = 2.0**-52
+TIMES = [1e-8, 1e-6, 1e-4, 1e-3, 0.03, 0.1, 0.3, 0.4999, 0.5, 0.5001, 0.7, 0.9, 0.99, 1.0]
+
+
+def f64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def learned(seed: int, hidden: int = 8, spread: float = 0.7, log_snr_min: float = -10.0) -> Learned:
+    """A Learned schedule with perturbed parameters."""
+    schedule = Learned(log_snr_min=log_snr_min, hidden=hidden).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in schedule.parameters():
+        parameter += spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return schedule
+
+
+def floats(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_subnormal=False)
+
+
+def linears() -> st.SearchStrategy[Linear]:
+    return st.builds(Linear, floats(0.0, 1.0), floats(1.0, 50.0))
+
+
+def cosines() -> st.SearchStrategy[Cosine]:
+    return st.builds(Cosine, floats(0.0, 0.5), floats(-30.0, -2.0))
+
+
+def sigmoids() -> st.SearchStrategy[Sigmoid]:
+    return st.builds(Sigmoid, floats(-5.0, 0.0), floats(0.5, 5.0), floats(0.3, 1.5), floats(-30.0, -2.0))
+
+
+def tables(low: float = 1e-8, high: float = 0.999, longest: int = 30) -> st.SearchStrategy[list[float]]:
+    """Beta tables, anything in (low, high]^N, log-uniform towards 0 and towards 1."""
+    small = floats(math.log(low), math.log(0.5)).map(math.exp)
+    large = floats(math.log(1 - high), math.log(0.5)).map(lambda u: 1 - math.exp(u))
+    return st.lists(st.one_of(small, large), min_size=1, max_size=longest)
+
+
+def tabulateds() -> st.SearchStrategy[Tabulated]:
+    def make(betas: list[float]) -> Tabulated:
+        state = random.getstate()  # run-time type checks of sequences draw from it, which hypothesis dislikes
+        schedule = tabulated_betas(betas)
+        random.setstate(state)
+        return schedule
+
+    return tables(low=1e-4).map(make)
+
+
+def learneds() -> st.SearchStrategy[Learned]:
+    return st.builds(learned, st.integers(0, 99))
+
+
+def schedules() -> st.SearchStrategy[Schedule]:
+    return st.one_of(linears(), cosines(), sigmoids(), tabulateds(), learneds())
+
+
+def times(low: float = 1e-6) -> st.SearchStrategy[float]:
+    """Times down to `low`, half of them log-uniform."""
+    return st.one_of(floats(low, 1.0), floats(math.log(low), 0.0).map(math.exp))
+
+
+EXAMPLES = [
+    Linear(),
+    Linear(0.0, 1.0),
+    Linear(5.0, 0.1),
+    Linear(3.0, 3.0),
+    Cosine(),
+    Cosine(0.0, -100.0),
+    Cosine(0.3, -2.0),
+    Sigmoid(),
+    Sigmoid(0.0, 3.0, 0.3, -30.0),
+    Sigmoid(-3.0, 1.0, 1.1, -100.0),
+    tabulated_betas([0.3]),
+    tabulated_betas([0.2, 0.01]),
+    tabulated_betas([1e-8, 1e-3, 0.9, 0.999, 0.4, 0.001]),
+    tabulated_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)),
+    learned(0),
+    Learned(log_snr_max=9.0, log_snr_min=-20.0).requires_grad_(False),
+]
+
+
+def name(schedule: Schedule) -> str:
+    shown = f"Tabulated-{schedule.steps}" if isinstance(schedule, Tabulated) else repr(schedule)
+    return shown.replace(" ", "")
+
+
+def exact_B(schedule: Schedule, t: float) -> mp.mpf:
+    """B(t) from the definition, in the precision of mpmath."""
+    if isinstance(schedule, Linear):
+        return reference.linear_B(t, schedule.beta_min, schedule.beta_max)
+    if isinstance(schedule, Cosine):
+        return reference.cosine_B(t, schedule.s, schedule.log_snr_min)
+    if isinstance(schedule, Sigmoid):
+        return reference.sigmoid_B(t, schedule.start, schedule.end, schedule.tau, schedule.log_snr_min)
+    if isinstance(schedule, Tabulated):
+        return reference.tabulated_B(t, schedule.nodes)
+    assert isinstance(schedule, Learned)
+    parameters = [p.tolist() for p in (schedule.linear, schedule.weight, schedule.slope, schedule.center)]
+    return reference.learned_B(t, schedule.log_snr_max, schedule.log_snr_min, *parameters)
+
+
+def check_against_high_precision(schedule: Schedule, t: float) -> None:
+    """sigma, and alpha, log_snr where the table allows it, to 1e-12; the rounding of B counts for alpha."""
+    sde, at = VPSDE(schedule=schedule), f64(t)
+    with mp.workdps(110):
+        B = exact_B(schedule, t)
+        sigma, alpha = mp.sqrt(-mp.expm1(-B)), mp.exp(-B / 2)
+        log_snr = -mp.log(mp.expm1(B))
+        assert abs(sde.sigma(at).item() / sigma - 1) < 1e-12
+        assert abs(sde.B(at).item() / B - 1) < 1e-12
+        assert abs(sde.alpha(at).item() / alpha - 1) < 1e-12 * max(1, B)
+        assert abs(sde.log_snr(at).item() - log_snr) < 1e-12 * max(1, abs(log_snr))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=name)
+@pytest.mark.parametrize("t", TIMES)
+def test_schedule_in_high_precision(schedule: Schedule, t: float) -> None:  # PROPERTIES 3, FAULTS A7
+    check_against_high_precision(schedule, t)
+
+
+@pytest.mark.oracle
+@given(schedules(), times(1e-8))
+def test_any_schedule_in_high_precision(schedule: Schedule, t: float) -> None:
+    check_against_high_precision(schedule, t)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=name)
+def test_beta_in_high_precision(schedule: Schedule) -> None:
+    for t in (1.1e-3, 0.2002, 0.4097, 0.6003, 0.7711, 0.9805):
+        with mp.workdps(50):
+            slope = mp.diff(lambda u: exact_B(schedule, u), t, h=mp.mpf(10) ** -20)
+            assert abs(schedule.beta(f64(t)).item() / slope - 1) < 1e-10
+
+
+@given(schedules(), times())
+def test_beta_is_the_derivative_of_B(schedule: Schedule, t: float) -> None:  # PROPERTIES 1
+    at = f64(t).requires_grad_()
+    (slope,) = torch.autograd.grad(-schedule.B(at).sum(), at)
+    torch.testing.assert_close(-slope, schedule.beta(at.detach()), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=name)
+def test_gradient_is_finite_at_the_ends(schedule: Schedule) -> None:
+    at = f64(0.0, 1.0).requires_grad_()
+    (slope,) = torch.autograd.grad(schedule.B(at).sum(), at)
+    torch.testing.assert_close(slope, schedule.beta(at.detach()), rtol=1e-9, atol=1e-12)
+
+
+@given(schedules(), times(1e-8))
+def test_alpha_and_sigma_preserve_variance(schedule: Schedule, t: float) -> None:  # PROPERTIES 2
+    sde = VPSDE(schedule=schedule)
+    assert abs(sde.alpha(t) ** 2 + sde.sigma(t) ** 2 - 1) <= 4 * EPS
+
+
+@given(schedules(), st.integers(2, 200))
+def test_log_snr_falls_strictly(schedule: Schedule, n: int) -> None:  # PROPERTIES 4
+    t = torch.linspace(0, 1, n + 1, dtype=torch.float64)
+    sde = VPSDE(schedule=schedule)
+    assert (sde.log_snr(t).diff() < 0).all()
+    assert (sde.beta(t[1:]) > 0).all()
+
+
+@given(schedules(), times(1e-8))
+def test_time_inverts_log_snr(schedule: Schedule, t: float) -> None:  # PROPERTIES 4
+    sde = VPSDE(schedule=schedule)
+    log_snr, B = sde.log_snr(t), sde.B(t)
+    # The rounding of log_snr and B, carried to t; d log_snr/dt = -beta/sigma^2.
+    rounding = 4 * EPS * ((1 + log_snr.abs()) * sde.sigma(t) ** 2 + B) / sde.beta(t)
+    assert abs(sde.time(log_snr) - t) <= 1e-14 * t + rounding
+
+
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=name)
+def test_time_inverts_B_to_relative_precision(schedule: Schedule) -> None:
+    if isinstance(schedule, Learned):
+        return  # its B does not vanish at 0, so B says nothing of a tiny t
+    t = torch.tensor(TIMES, dtype=torch.float64)
+    allowed = 1e-13 * t + 8 * EPS * schedule.B(t) / schedule.beta(t)
+    assert ((schedule.time(schedule.B(t)) - t).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=name)
+def test_ends_are_exact(schedule: Schedule) -> None:
+    ends = f64(0.0, 1.0)
+    back = schedule.time(schedule.B(ends))
+    assert back[0] == 0 and abs(back[1] - 1) < 1e-14
+    if not isinstance(schedule, Learned):
+        assert schedule.B(ends)[0] == 0
+        sde = VPSDE(schedule=schedule)
+        assert sde.alpha(0.0) == 1 and sde.sigma(0.0) == 0
+        assert sde.log_snr(0.0) == math.inf and sde.time(math.inf) == 0
+
+
+@given(st.one_of(cosines(), sigmoids(), learneds()))
+def test_log_snr_ends_where_stated(schedule: Cosine | Sigmoid | Learned) -> None:
+    assert abs(VPSDE(schedule=schedule).log_snr(1.0) - schedule.log_snr_min) < 1e-12
+
+
+def test_learned_schedule_begins_where_stated() -> None:
+    sde = VPSDE(schedule=learned(3))
+    assert abs(sde.log_snr(0.0) - 13.3) < 1e-9
+    assert abs(sde.schedule.log_snr(f64(1.0)) + 10).item() < 1e-12  # pyright: ignore
+
+
+def test_learned_schedule_learns() -> None:
+    schedule = Learned(hidden=4)
+    VPSDE(schedule=schedule).sigma(f64(0.3, 0.6)).sum().backward()
+    for parameter in schedule.parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+    assert Learned().linear.shape == () and Learned().center.shape == (32,)
+    assert {p.dtype for p in Learned().parameters()} == {torch.float64}
+
+
+def test_defaults() -> None:
+    assert Linear() == Linear(0.1, 20.0) and Cosine().s == 0.008
+    assert Sigmoid() == Sigmoid(-3.0, 3.0, 1.0, Sigmoid().log_snr_min)
+    assert -30 < Cosine().log_snr_min == Sigmoid().log_snr_min < -9
+
+
+# The oracles of the linear schedule.
+
+
+@pytest.mark.oracle
+def test_linear_oracles() -> None:  # ORACLES, Schedules
+    sde = VPSDE(0.1, 20.0)
+    assert abs(sde.alpha(1.0) - 0.0065715865) < 5e-11
+    assert abs(sde.alpha(1.0) ** 2 - 4.3185749e-5) < 5e-13
+    assert abs(sde.log_snr(1.0) / 2 + 5.0249784) < 5e-8
+    kappa = (-0.5 * sde.log_snr(f64(1e-3, 1.0))).exp()
+    assert abs(kappa[0] - 0.010485993) < 5e-10 and abs(kappa[1] - 152.16697) < 5e-6
+
+
+@pytest.mark.oracle
+def test_ddpm_table_oracles() -> None:  # ORACLES, Schedules
+    sde = VPSDE.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+    alpha_bar = sde.alpha(f64(0.5, 1.0)) ** 2
+    assert abs(alpha_bar[0] - 0.0785872) < 5e-8 and abs(alpha_bar[1] - 4.0358298e-5) < 5e-13
+    kappa = (-0.5 * sde.log_snr(f64(0.001, 1.0))).exp()
+    assert abs(kappa[0] - 0.0100005) < 5e-8 and abs(kappa[1] - 157.40728) < 5e-6
+
+
+# Tabulated
+
+
+@given(tables())
+def test_table_is_exact_at_its_nodes_and_increasing_between(betas: list[float]) -> None:
+    schedule, n = tabulated_betas(betas), len(betas)
+    nodes = torch.arange(n + 1, dtype=torch.float64) / n
+    assert schedule.steps == n and schedule.B(nodes).tolist() == list(schedule.nodes)
+    fine = torch.linspace(0, 1.5, 40 * n + 1, dtype=torch.float64)
+    assert (schedule.beta(fine) > 0).all()
+    assert (schedule.B(fine).diff() > -4 * EPS * schedule.nodes[-1]).all()
+
+
+@given(tables(low=1e-4))
+def test_table_is_continuously_differentiable(betas: list[float]) -> None:
+    schedule, n = tabulated_betas(betas), len(betas)
+    nodes = torch.arange(1, n + 1, dtype=torch.float64) / n
+    before, after = schedule.beta(nodes * (1 - 2 * EPS)), schedule.beta(nodes)
+    curvature = 12 * n**2 * max(schedule.B(f64(1.0)).item(), 1)  # of the cubics, per unit of t
+    assert ((before - after).abs() <= 16 * EPS * curvature).all()
+
+
+def test_table_continues_linearly() -> None:
+    schedule = tabulated_betas([0.1, 0.3, 0.2])
+    rate, end = schedule.beta(f64(1.0)), schedule.nodes[-1]
+    torch.testing.assert_close(schedule.B(f64(1.25)), end + 0.25 * rate)
+    torch.testing.assert_close(schedule.time(end + 0.25 * rate), f64(1.25))
+    torch.testing.assert_close(schedule.beta(f64(1.25)), rate)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17])
+def test_table_of_equal_betas_is_the_constant_rate(n: int) -> None:
+    schedule = tabulated_betas([0.1] * n)
+    t = torch.linspace(0, 1, 33, dtype=torch.float64)
+    torch.testing.assert_close(schedule.B(t), -n * math.log(0.9) * t, rtol=1e-14, atol=0)
+
+
+def test_table_interpolates_smooth_rates_closely() -> None:
+    """Halving the table's steps cuts the error about eightfold."""
+    t = torch.linspace(0, 1, 701, dtype=torch.float64)
+    errors = []
+    for n in (50, 100, 200):
+        table = VPSDE.from_betas(VPSDE(2.0, 20.0).betas(n))
+        errors.append((table.B(t) - VPSDE(2.0, 20.0).B(t)).abs().max().item())
+    assert errors[-1] < 1e-4
+    assert all(fine < coarse / 6 for coarse, fine in itertools.pairwise(errors))
+
+
+def test_table_from_ints_floats_and_tensors() -> None:
+    assert Tabulated((0.0, 1.0, 2.5)).nodes == (0.0, 1.0, 2.5)
+    single = torch.tensor([0.1, 0.2])
+    assert tabulated_betas(single) == tabulated_betas(single.tolist())
+    assert tabulated_betas([0.1]) != tabulated_betas([0.2])
+    assert hash(tabulated_betas([0.1])) == hash(tabulated_betas([0.1]))
+
+
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=name)
+def test_copies_are_equal(schedule: Schedule) -> None:
+    t = f64(0.1, 0.77)
+    for twin in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
+        assert twin.B(t).equal(schedule.B(t))  # type: ignore[attr-defined]
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=name)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
+def test_shapes_and_dtypes(schedule: Schedule, shape: tuple[int, ...], device: torch.device) -> None:
+    schedule = copy.deepcopy(schedule).to(device) if isinstance(schedule, Learned) else schedule
+    t = torch.full(shape, 0.37, dtype=torch.float64, device=device)
+    for value in (schedule.B(t), schedule.beta(t), schedule.time(t)):
+        assert value.shape == shape and value.dtype == torch.float64 and value.device.type == device.type
+    if t.ndim == 2:
+        assert schedule.B(t.t()).equal(schedule.B(t).t())  # strided input
+        assert schedule.time(t.t()).equal(schedule.time(t).t())
+    if t.numel():
+        assert (schedule.time(schedule.B(t)) - 0.37).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_times_are_widened(dtype: torch.dtype) -> None:
+    t = torch.tensor([0.1, 1e-3], dtype=dtype)
+    assert wide(t).dtype == torch.float64 and wide(t).equal(t.to(torch.float64))
+    sde = VPSDE()
+    assert sde.sigma(t).equal(sde.sigma(f64(*t.tolist())))
+    assert wide(0.1).item() == 0.1 and wide(0.1).shape == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64])
+def test_times_of_other_dtypes_are_refused(dtype: torch.dtype) -> None:  # FAULTS E5, E5b
+    with pytest.raises(TypeError, match=r"expected floating times, found .*i/N"):
+        VPSDE().alpha(torch.ones(2, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Linear(-0.1, 20.0),
+        lambda: Linear(math.nan, 20.0),
+        lambda: Linear(0.1, 0.0),
+        lambda: Linear(0.1, math.inf),
+        lambda: Linear(math.inf, 1.0),
+        lambda: Cosine(-0.1),
+        lambda: Cosine(0.008, 11.0),
+        lambda: Cosine(0.008, -math.inf),
+        lambda: Cosine(math.nan),
+        lambda: Sigmoid(1.0, 1.0),
+        lambda: Sigmoid(tau=0.0),
+        lambda: Sigmoid(tau=-1.0),
+        lambda: Sigmoid(tau=0.001),
+        lambda: Sigmoid(log_snr_min=-800.0),
+        lambda: Sigmoid(log_snr_min=10.0),
+        lambda: Tabulated((0.0,)),
+        lambda: Tabulated((0.1, 0.2)),
+        lambda: Tabulated((0.0, 0.2, 0.2)),
+        lambda: Tabulated((0.0, 0.2, math.inf)),
+        lambda: Tabulated((0.0, math.nan)),
+        lambda: Learned(1.0, 1.0),
+        lambda: Learned(hidden=0),
+        lambda: beta_table([]),
+        lambda: beta_table(torch.tensor([[0.1]])),
+        lambda: beta_table([0.1, 1.0]),
+        lambda: beta_table([0.0]),
+        lambda: beta_table([0.1, math.nan]),
+        lambda: tabulated_betas([-0.1]),
+    ],
+)
+def test_errors_say_what_was_expected(make) -> None:  # FAULTS F10
+    with pytest.raises(ValueError, match=r"expected .*found"):
+        make()
+
+
+def test_extreme_but_legal_arguments() -> None:
+    assert Linear(0.0, 1e-3).B(f64(1.0)) == 5e-4
+    assert Cosine(0.0, 9.9).B(f64(1.0)) > 0
+    assert Sigmoid(-499.0, 499.0, 1.0, -699.0).B(f64(0.0, 1.0)).isfinite().all()
+    assert Learned(1.0, 0.999, 1).B(f64(0.5)) > 0
+    falling = Linear(5.0, 1e-12)
+    assert falling.time(falling.B(f64(1.0))).isfinite().all()
+    assert falling.time(falling.B(f64(1.0)) * (1 + 1e-15)).isfinite().all()
+
+
+@given(schedules())
+def test_time_changes_by_a_step_of_the_clock_only(schedule: Schedule) -> None:  # PROPERTIES 10
+    """Another schedule with the same B at another time has the same kernels."""
+    linear = VPSDE(schedule=Linear(0.5, 40.0))
+    sde = VPSDE(schedule=schedule)
+    B = sde.B(f64(0.3, 0.8)).clamp(max=20.0)
+    if B[1] - B[0] < 1e-3:
+        return
+    s, t = linear.schedule.time(B)
+    u, v = schedule.time(B)
+    for ours, theirs in zip(sde.transition(u, v), linear.transition(s, t), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
