@@ -31,7 +31,7 @@ class DDPM:
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
         self.log_alphas = torch.log1p(-beta_table(betas))
-        self.times = _nodes(len(self.log_alphas))[1:]
+        self.times = _times(len(self.log_alphas))
 
     @classmethod
     def from_log_alphas(cls, log_alphas: Tensor, times: Tensor | None = None) -> DDPM:
@@ -47,7 +47,7 @@ class DDPM:
             )
         chain = cls.__new__(cls)
         chain.log_alphas = log_alphas.double().cpu()
-        chain.times = _nodes(len(log_alphas))[1:] if times is None else times
+        chain.times = _times(len(log_alphas)) if times is None else times
         return chain
 
     def __len__(self) -> int:
@@ -95,7 +95,8 @@ class DDPM:
 
         Kingma et al. 2021, arXiv:2107.00630, eq. 13. Infinite at i = 1, whose term is the decoder's.
         """
-        return 0.5 * (1 / torch.expm1(-self._previous()) - self.snr)
+        before = 1 / torch.expm1(-self._previous()).abs()  # abs: at i = 1 it is 1/0, not 1/-0
+        return 0.5 * (before - self.snr)
 
     def _previous(self) -> Tensor:
         """log alpha_bar_{i-1}, with alpha_bar_0 = 1."""
@@ -202,3 +203,12 @@ class DDPM:
 def discretize(sde: VPSDE, n: int, rule: str = "exact") -> DDPM:
     """The n-step chain of a VP-SDE on t_i = i/n, by either rule of `VPSDE.log_alphas`."""
     return DDPM.from_log_alphas(sde.log_alphas(n, rule))
+
+
+def _times(n: int) -> Tensor:
+    """The times 1/n, ..., 1 of the steps."""
+    return torch.arange(1, n + 1, dtype=torch.float64) / n
+
+
+def _extremes(index: Tensor) -> str:
+    return f"{int(index.min())}..{int(index.max())}"

@@ -6,7 +6,8 @@ measures the samples has seen neither them nor what the model was trained on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,11 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import losses, networks
+from . import grids, losses, networks, solvers
 from .denoiser import Denoiser, Karras
 from .laws import Gaussian
 from .metrics import energy_distance, nearest_distance
+from .sampling import sample
 from .sde import VPSDE
+from .solvers import Solver
+from .tableau import Step
 from .train import Run, fit
 
 SHAPE = (1, 8, 8)
@@ -61,7 +65,7 @@ def denoiser(seed: int = 0) -> Denoiser:
     """An untrained class-conditional U-Net under the linear VP-SDE, with the preconditioning of Karras et al. (2022, arXiv:2206.00364)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = networks.UNet(1, base=32, multipliers=(1, 2), blocks=1, dropout=0.1, classes=CLASSES, time_input="log_snr")
+        network = networks.UNet(1, base=24, multipliers=(1, 2, 2), blocks=1, dropout=0.1, classes=CLASSES, time_input="log_snr")
     return Denoiser(network, VPSDE(), predicts=Karras(SIGMA_DATA), time_input="log_snr")
 
 
@@ -72,7 +76,7 @@ def training(model: Denoiser, data: Labelled, *, steps: int, **options: Any) -> 
         (data.x, data.label),
         weight=partial(losses.edm, sigma_data=SIGMA_DATA),
         times=partial(losses.log_normal, mean=-0.8, std=1.2),
-        **{"steps": steps, "lr": 2e-3, "ema_decay": 0.998, "label_dropout": 0.1, **options},
+        **{"steps": steps, "lr": 3e-3, "ema_decay": 0.998, "label_dropout": 0.1, **options},
     )
 
 
@@ -136,11 +140,15 @@ class Examiner:
         )
 
     def floor(self, splits: int = 20) -> Quality:
-        """What real digits reach: `held_out` itself; its energy distance is the mean over random halves against each other."""
+        """What real digits reach: `held_out` itself.
+
+        Its energy distance is the mean over random halves, with the same classes in both, against each other.
+        """
         x, label = self.data.held_out
         generator = torch.Generator().manual_seed(0)
         orders = [torch.randperm(len(x), generator=generator) for _ in range(splits)]
-        halves = [(self.reference[order[::2]], self.reference[order[1::2]]) for order in orders]
+        sorted_orders = [order[label[order].argsort(stable=True)] for order in orders]
+        halves = [(self.reference[order[::2]], self.reference[order[1::2]]) for order in sorted_orders]
         energy = sum(energy_distance(a, b) for a, b in halves) / splits
         return replace(self(x, label), energy_distance=energy)
 
@@ -150,6 +158,127 @@ def gaussian(data: Labelled, n: int, seed: int = 0) -> Float[Tensor, "n 1 8 8"]:
     x = data.x.flatten(1).double()
     generator = torch.Generator().manual_seed(seed)
     return Gaussian(x.mean(0), x.mT.cov()).sample(n, generator=generator).float().view(n, *SHAPE)
+
+
+# ---- solvers side by side
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver on a grid, from t = 1 to `end`."""
+
+    name: str
+    solver: Solver
+    steps: int
+    grid: Callable[..., grids.Grid]
+    end: float
+
+
+# Euler-Maruyama stops before t = 0: its last step would add noise to the data. What noise is left at 1e-3 no eye sees.
+SAMPLERS = (
+    Sampler("DDPM", solvers.ddpm(), 1000, grids.uniform, 0.0),
+    Sampler("Euler-Maruyama", solvers.euler_maruyama(), 250, grids.uniform, 1e-3),
+    Sampler("DDIM", solvers.ddim(), 20, grids.quadratic, 0.0),
+    Sampler("DPM-Solver++(2M)", solvers.dpmpp(2), 20, grids.quadratic, 0.0),
+)
+
+# What good samples are; the energy distance is in units of the Gaussian's. Asked of TARGETED.
+TARGETS = {"accuracy": 0.93, "energy_distance": 0.1, "nearest": 0.8, "copies": 0.03}
+TARGETED = ("DDPM", "DPM-Solver++(2M)")
+REAL, GAUSSIAN = "real digits", "Gaussian"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table, with its images."""
+
+    name: str
+    calls: int
+    seconds: float
+    quality: Quality
+    x: Tensor
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the images."""
+        return {"name": self.name, "calls": self.calls, "seconds": self.seconds, **asdict(self.quality)}
+
+
+def compare(model: Denoiser, data: Digits, n: int, seed: int = 0, *, progress: bool = False) -> tuple[list[Row], list[Step]]:
+    """n samples from each of SAMPLERS, from the same seed, and beside them real digits and a Gaussian; and eleven steps of the first one's way, for three of its samples."""
+    examiner, label = Examiner(data), labels(n)
+    real = data.held_out.x[_one_of_each(data.held_out.label, label)]
+    normal = gaussian(data.train, n, seed)
+    rows = [Row(REAL, 0, 0.0, examiner.floor(), real), Row(GAUSSIAN, 0, 0.0, examiner(normal, label), normal)]
+    frames: list[Step] = []
+    for sampler in SAMPLERS:
+        drawn = sample(
+            model,
+            (n, *SHAPE),
+            sampler.solver,
+            steps=sampler.steps,
+            grid=sampler.grid,
+            end=sampler.end,
+            seed=seed,
+            condition={"label": label.to(model.device)},
+            callback=None if frames else partial(_frame, sampler.steps),
+            progress=progress,
+        )
+        frames = frames or [*drawn.path, Step(sampler.steps, drawn.end, drawn.x[_SHOWN].cpu(), drawn.x[_SHOWN].cpu())]
+        rows.append(Row(sampler.name, drawn.network_calls, drawn.seconds, examiner(drawn.x, label), drawn.x.cpu()))
+    return rows, frames
+
+
+_SHOWN = slice(3, 6)
+
+
+def _frame(steps: int, step: Step) -> Step | None:
+    """The step, for the samples shown, if it is one of eleven spread over the way."""
+    if step.k not in torch.linspace(0, steps - 1, 11).round().tolist():
+        return None
+    return Step(step.k, step.t, step.x[_SHOWN].cpu(), step.denoised[_SHOWN].cpu())
+
+
+def _one_of_each(found: Tensor, wanted: Tensor) -> Tensor:
+    """Indices of images of the classes `wanted`, each image at most once until a class has no more."""
+    pools = [(found == c).nonzero().flatten() for c in range(CLASSES)]
+    return torch.stack([pools[int(c)][i // CLASSES % len(pools[int(c)])] for i, c in enumerate(wanted)])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a table in Markdown."""
+    lines = [("solver", "network calls", "seconds", "judge accuracy", "energy distance", "nearest ratio", "copies")]
+    for row in rows:
+        q, calls = row.quality, str(row.calls) if row.calls else "-"
+        seconds = f"{row.seconds:.1f}" if row.calls else "-"
+        lines.append((row.name, calls, seconds, f"{q.accuracy:.3f}", f"{q.energy_distance:.3f}", f"{q.nearest:.2f}", f"{q.copies:.1%}"))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    ruled = [lines[0], tuple("-" * width for width in widths), *lines[1:]]
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in ruled)
+
+
+LEGEND = """Judge accuracy: share of samples that a classifier which saw neither them nor the training digits takes for the class asked for.
+Energy distance: between the judge's log-probabilities of the samples and of held-out digits; two halves of the held-out digits give the first row.
+Nearest ratio: median distance to the nearest training digit, over that of held-out digits; below 1 is memorising.
+Copies: share of samples that are nearer to a training digit than 99 % of the held-out digits are.
+Gaussian: the one with the mean and full covariance of the training digits; it has no classes."""
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """A line for each of TARGETED: are its samples good."""
+    unit = next(row.quality.energy_distance for row in rows if row.name == GAUSSIAN)
+    return "\n".join(_judgement(row, unit) for row in rows if row.name in TARGETED)
+
+
+def _judgement(row: Row, unit: float) -> str:
+    q = row.quality
+    checks = {
+        f"accuracy {q.accuracy:.3f} >= {TARGETS['accuracy']}": q.accuracy >= TARGETS["accuracy"],
+        f"energy distance {q.energy_distance / unit:.3f} <= {TARGETS['energy_distance']} of the Gaussian's": q.energy_distance <= TARGETS["energy_distance"] * unit,
+        f"nearest ratio {q.nearest:.2f} >= {TARGETS['nearest']}": q.nearest >= TARGETS["nearest"],
+        f"copies {q.copies:.1%} <= {TARGETS['copies']:.0%}": q.copies <= TARGETS["copies"],
+    }
+    missed = [text for text, met in checks.items() if not met]
+    return f"{row.name}: " + (f"MISSED {', '.join(missed)}" if missed else f"good ({', '.join(checks)})")
 
 
 def _pixels(x: Tensor) -> Any:

@@ -29,9 +29,12 @@ class Grid:
     label: Tensor
 
     @classmethod
+    @torch.no_grad()
     def of(cls, sde: LinearSDE, t: Tensor | Grid) -> Grid:
-        """The validated grid on the times `t` (N + 1,). Raises ValueError if they do not strictly decrease within the SDE's range."""
+        """The validated grid on the times `t` (N + 1,). Raises ValueError if they do not strictly decrease within the SDE's range, or if a Grid is another SDE's."""
         if isinstance(t, Grid):
+            if not torch.equal(t.lam, 0.5 * sde.log_snr(t.t)):
+                raise ValueError(f"expected a grid made for {sde}, found one whose log-SNR is not that of its times there: {t}; make it anew, or pass its times")
             return t
         t = torch.as_tensor(t).detach().double().cpu()
         if t.ndim != 1 or len(t) < 2:
@@ -66,6 +69,7 @@ def _shown(values: Tensor) -> str:
     return str([round(v, 6) for v in (listed if len(listed) <= 6 else listed[:3] + listed[-2:])])
 
 
+@torch.no_grad()
 def _range(sde: LinearSDE, steps: int, end: float | None) -> tuple[float, float]:
     """(t_max, end) after checking both arguments."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -80,24 +84,28 @@ def _fractions(steps: int) -> Tensor:
     return torch.arange(steps + 1, dtype=torch.float64) / steps
 
 
+@torch.no_grad()
 def _in_time(sde: LinearSDE, steps: int, end: float | None, shape: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> Grid:
-    """Nodes equidistant in `shape(t)`."""
+    """Nodes equidistant in `shape(t)`; a noiseless end below t_min is set apart."""
     start, last = _range(sde, steps, end)
+    if last < sde.t_min and steps > 1:
+        return Grid.of(sde, torch.cat([_in_time(sde, steps - 1, sde.t_min, shape, inverse).t, torch.tensor([last], dtype=torch.float64)]))
     ends = shape(torch.tensor([start, last], dtype=torch.float64))
     t = inverse(ends[0] + _fractions(steps) * (ends[1] - ends[0]))
     t[0], t[-1] = start, last
     return Grid.of(sde, t)
 
 
+@torch.no_grad()
 def _in_lam(sde: LinearSDE, steps: int, end: float | None, shape: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> Grid:
     """Nodes equidistant in `shape(lam)`, with nodes of infinite lam set apart."""
     start, last = _range(sde, steps, end)
     head = [start] if float(sde.log_snr(start)) == -math.inf else []
     tail = [last] if float(sde.log_snr(last)) == math.inf else []
     inner = steps + 1 - len(head) - len(tail)
-    if inner < 2:  # too few nodes left to space anything
-        middle = [float(sde.default_end)] if inner == 1 and tail else [last] if not tail else []
-        return Grid.of(sde, torch.tensor(sorted({start, last, *middle}, reverse=True)[: steps + 1] if inner else [start, last]))
+    if inner < 2:  # too few nodes left to space anything: one step, or two with both ends set apart
+        middle = [float(sde.default_end)] * (steps - 1)
+        return Grid.of(sde, torch.tensor([start, *middle, last], dtype=torch.float64))
     regular_last = float(sde.default_end) if tail else last
     # The regular node nearest to a start without signal mirrors the default end.
     regular_start = float(sde.time(-sde.log_snr(sde.default_end))) if head else start
@@ -146,7 +154,7 @@ def ddpm(sde: LinearSDE, steps: int, end: float | None = None, *, spacing: str =
     spacings = {
         "trailing": lambda: (n - k * n / steps).round(),
         "leading": lambda: 1 + (steps - 1 - k) * (n // steps),
-        "linspace": lambda: (n - k * (n - 1) / max(steps - 1, 1)).round(),
+        "linspace": lambda: 1 + (n - 1 - k * (n - 1) / max(steps - 1, 1)).round(),
     }
     if spacing not in spacings:
         raise ValueError(f"expected spacing to be one of {sorted(spacings)}, found {spacing!r}")

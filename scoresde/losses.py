@@ -1,13 +1,12 @@
-"""Objectives: denoising, implicit and sliced score matching, their weightings, and the times they are taken
-at.
+"""Objectives: denoising, implicit and sliced score matching, their weightings, and their times.
 
 Every weighting is stated as the factor w(t) on `|x_0 - D(x_t)|^2`, whatever the network predicts, so all are
 comparable. The error of any other view `F = p x_0 + q eps` at the same x_t is a multiple of it, `|F - F*|^2 =
 (p - q alpha/sigma)^2 |x_0 - D|^2`.
 
-A loss is made of four parts, each a plain function: who is drawn (`independent`, `stratified`: numbers u in
-[0, 1)), when (`uniform`, `uniform_log_snr`, `log_normal`, `chain`: u -> t), how much it counts (`simple`, `likelihood`, ...: t -> w), and the error itself. Options of the
-parts are given by `functools.partial`.
+A loss is made of four parts, each a plain function: random numbers u in [0, 1) (`independent`, `stratified`),
+the time t of each (`uniform`, `uniform_log_snr`, `log_normal`, `chain`), its weight (`simple`, `likelihood`,
+...), and the error itself. Options of the parts are given by `functools.partial`.
 """
 
 from __future__ import annotations

@@ -56,8 +56,7 @@ def trajectory(
 ) -> Figure:
     """How n samples take shape: for each a row of states `x_t` above a row of what the network sees in them, `E[x_0 | x_t]`; time from left to right.
 
-    States are drawn on the scale of their own largest value, since noise leaves [-1, 1]; denoised images as they are.
-    Raises ValueError for shapes that do not fit, ImportError without matplotlib.
+    Pixels in [-1, 1], clipped. Raises ValueError for shapes that do not fit, ImportError without matplotlib.
     """
     if not len(times) == len(states) == len(denoised) or states.shape != denoised.shape:
         raise ValueError(
@@ -69,7 +68,7 @@ def trajectory(
     _margins(figure, bottom=0.05, top=0.65, right=0.05)
     for i in range(n):
         for j in range(k):
-            _show(axes[2 * i][j], states[j, i] / max(1.0, float(states[j, i].abs().max())))
+            _show(axes[2 * i][j], states[j, i])
             _show(axes[2 * i + 1][j], denoised[j, i])
         for line, name in ((axes[2 * i], "$x_t$"), (axes[2 * i + 1], r"$E[x_0\,|\,x_t]$")):
             line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)

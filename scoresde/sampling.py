@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -55,9 +56,10 @@ def sample(
     times = make_grid(model.sde, grid, steps, end)
     noise = Noise.of(seed, ids, batch=shape[0], device=device, dtype=dtype)
     x = noise.prior(shape) * model.sde.prior_std
-    if progress:
-        callback = _with_bar(callback, len(times))
-    return replace(solver.solve(model.given(**(condition or {})), x, times, noise=noise, callback=callback), seed=seed)
+    calls = getattr(solver, "calls", None)
+    with _ticking(callback, progress, None if calls is None else calls(len(times))) as watched:
+        drawn = solver.solve(model.given(**(condition or {})), x, times, noise=noise, callback=watched)
+    return replace(drawn, seed=seed)
 
 
 def encode(
@@ -116,13 +118,18 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def _with_bar(callback: Callback | None, steps: int) -> Callback:
+@contextmanager
+def _ticking(callback: Callback | None, progress: bool, total: int | None) -> Iterator[Callback | None]:
+    """The callback, and if wanted a bar that it moves on; the bar is gone afterwards, also after an error."""
+    if not progress:
+        yield callback
+        return
     from tqdm.auto import tqdm
 
-    bar = tqdm(total=steps, unit="step", leave=False)
+    with tqdm(total=total, unit="call", leave=False) as bar:
 
-    def tick(step: Any) -> Any:
-        bar.update(max(0, min(step.k + 1, steps) - bar.n))
-        return None if callback is None else callback(step)
+        def tick(step: Any) -> Any:
+            bar.update(step.k + 1 - bar.n)
+            return None if callback is None else callback(step)
 
-    return tick
+        yield tick

@@ -66,11 +66,11 @@ class Tableau:
             if not bool(value.isfinite().all()):
                 raise ValueError(f"expected finite coefficients in {self.name}, found {key} = {value}")
             object.__setattr__(self, key, value)
-        rows = len(self.keep)
+        rows = self.keep.numel()
         found = {key: tuple(getattr(self, key).shape) for key in FIELDS}
         expected = {"times": (rows + 1,), "skip": (rows,), "out": (rows,), "keep": (rows,), "mix": (rows, *self.mix.shape[1:]), "noise": (rows,)}
-        if rows == 0 or self.mix.ndim != 2 or found != expected:
-            raise ValueError(f"expected shapes {expected} with mix (K, H) and K >= 1, found {found}")
+        if self.mix.numel() == 0 or self.mix.ndim != 2 or found != expected:
+            raise ValueError(f"expected shapes {expected} with mix (K, H) and K, H >= 1, found {found}")
         before = torch.arange(self.mix.shape[1]) > torch.arange(rows)[:, None]
         if bool((self.mix[before] != 0).any()):
             raise ValueError("expected rows that use outputs of this table only; found weights on outputs before its first row")
@@ -114,6 +114,7 @@ class Tableau:
         stacked = torch.stack(states)
         return Canonical(self.times, stacked[:, 0], stacked[:, 1 : 1 + rows], stacked[:, 1 + rows :])
 
+    @torch.no_grad()
     def defect(self, sde: LinearSDE) -> Tensor:
         """(K, 2): by how much each row misses the point-mass law. On data concentrated at 1 the state should keep mean alpha and standard deviation sigma.
 
@@ -151,12 +152,14 @@ def run(
     noise: NoiseSource | None,
     *,
     before: Callable[[int, Tensor, Tensor], None] | None = None,
-    after: Callable[[Tensor], None] | None = None,
+    after: Callable[[Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """The executor. `rows` is a denoiser prepared for `table.times[:-1]`; `noise(k, shape)` is only asked for rows with noise.
 
-    No host-device traffic, no branch on device values. `before(k, x, F)` sees each call's state and output, `after(x)` each new state.
+    No host-device traffic, no branch on device values. `before(k, x, F)` sees each call's state and output, `after(x)` each new state; a state that it returns takes its place.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating state, found {x.dtype}; scale integer images to floats first")
     skip = [s + o * a for s, o, a in zip(table.skip.tolist(), table.out.tolist(), rows.a, strict=True)]
     out = [o * b for o, b in zip(table.out.tolist(), rows.b, strict=True)]
     keep, eps_scale, mix = table.keep.tolist(), table.noise.tolist(), table.mix.tolist()
@@ -183,7 +186,8 @@ def run(
             memory = [remembered, *memory][: len(past)]
         x = fresh
         if after is not None:
-            after(x)
+            changed = after(x)
+            x = x if changed is None else changed
     return x
 
 
@@ -194,6 +198,7 @@ def _reused(mix: Tensor) -> list[bool]:
     return torch.stack([*lags, torch.zeros(rows, dtype=torch.bool)]).any(0).tolist()
 
 
+@torch.no_grad()
 def output_law(table: Tableau, gaussian: Gaussian, sde: LinearSDE, prior: Gaussian | None = None) -> Gaussian:
     """See `Tableau.law`. In the eigenbasis of the data every direction is a scalar recursion; the executor runs it on (constant, initial state, noises)."""
     basis, values = gaussian.eigen()

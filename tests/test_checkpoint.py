@@ -58,7 +58,7 @@ def same_tensors(a: nn.Module, b: nn.Module) -> bool:
 
 
 def resigned(path: Path, change) -> None:
-    """Change tensors and description of a file, and give it a right signature: what a hostile author can do."""
+    """Change tensors and description of a file and sign it rightly, as a hostile author can."""
     with safe_open(path, framework="pt") as opened:
         description = json.loads(opened.metadata()["scoresde"])
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -174,7 +174,7 @@ def test_a_network_of_the_users_own_is_given_at_loading(tmp_path):
     with pytest.raises(CheckpointError, match=r"of shape \(4, 4\), found \(3, 3\)"):
         checkpoint.load(tmp_path / "a", network=wide)
     assert all(torch.equal(before[k], v) for k, v in wide.state_dict().items())
-    with pytest.raises(CheckpointError, match="missing bias, weight, not expected count, linear.bias"):
+    with pytest.raises(CheckpointError, match=r"missing bias, weight, not expected count, linear.bias"):
         checkpoint.load(tmp_path / "a", network=nn.Linear(3, 3))
 
 
@@ -206,7 +206,7 @@ def test_what_has_no_description_is_refused(tmp_path):
         random_model(VPSDE(schedule=OwnLinear())),
         Denoiser(Mine(), VPSDE(), own),
     ):
-        with pytest.raises(CheckpointError, match="expected (one of the|a prediction)"):
+        with pytest.raises(CheckpointError, match=r"expected (one of the|a prediction)"):
             checkpoint.save(tmp_path / "a", model)
     with pytest.raises(CheckpointError, match="JSON"):
         checkpoint.save(tmp_path / "a", random_model(), metadata={"x": {1, 2}})

@@ -559,6 +559,16 @@ def test_eigen(kind: str) -> None:
     assert (basis is None) == (kind in ("one same", "one isotropic", "one diagonal"))
 
 
+def test_eigenvalues_lost_in_rounding_are_zero(unchecked) -> None:
+    """A matrix of rank 2 in 9 dimensions: seven eigenvalues of 0, which eigh returns as +-1e-16."""
+    F = torch.randn(9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    law = Gaussian(torch.zeros(9), F @ F.T)
+    assert int((law.eigen().values == 0).sum()) == 7
+    near(law.cov, F @ F.T, 1e-14)
+    with pytest.raises(ValueError, match="density"):
+        law.log_prob(torch.zeros(1, 9))
+
+
 def test_components_of_no_weight_do_not_matter() -> None:
     x = torch.tensor([[0.3], [9.0]], dtype=torch.float64, requires_grad=True)
     for v in (0.1, [0.1, 0.5]):

@@ -7,6 +7,7 @@ import itertools
 import math
 import pickle
 import random
+from collections.abc import Callable
 
 import mpmath as mp
 import pytest
@@ -68,14 +69,20 @@ def tables(low: float = 1e-8, high: float = 0.999, longest: int = 30) -> st.Sear
     return st.lists(st.one_of(small, large), min_size=1, max_size=longest)
 
 
-def tabulateds() -> st.SearchStrategy[Tabulated]:
-    def make(betas: list[float]) -> Tabulated:
-        state = random.getstate()  # run-time type checks of sequences draw from it, which hypothesis dislikes
-        schedule = tabulated_betas(betas)
-        random.setstate(state)
-        return schedule
+def quietly(make: Callable) -> Callable:
+    """`make`, leaving random's state alone, as strategies must; run-time type checks of sequences draw from it."""
 
-    return tables(low=1e-4).map(make)
+    def made(*arguments):
+        state = random.getstate()
+        result = make(*arguments)
+        random.setstate(state)
+        return result
+
+    return made
+
+
+def tabulateds() -> st.SearchStrategy[Tabulated]:
+    return tables(low=1e-4).map(quietly(tabulated_betas))
 
 
 def learneds() -> st.SearchStrategy[Learned]:

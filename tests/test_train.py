@@ -217,7 +217,8 @@ def test_labels_belong_to_their_samples_and_are_dropped_at_the_stated_rate(alpha
     kept = label != -7
     assert torch.equal(label[kept], order[kept])
     # Hoeffding: a rate off by 0.051 is a false alarm with probability 1e-9, and one off by 0.11 is seen with
-    # 1 - 1e-9. bound = math.sqrt(math.log(2 / alpha_ledger.spend(1e-9, "label dropout has the stated rate")) / (2 * n))
+    # 1 - 1e-9.
+    bound = math.sqrt(math.log(2 / alpha_ledger.spend(1e-9, "label dropout has the stated rate")) / (2 * n))
     assert abs(1 - float(kept.double().mean()) - p) < bound
     assert model.network.times[0].dtype == torch.float32
 
@@ -423,6 +424,8 @@ def test_a_few_bad_steps_are_survived_and_do_not_enter_the_mean():
     model = Denoiser(Broken(range(3, 5)), VPSDE())
     records = list(train.fit(model, X, steps=12, batch_size=8, every=4, patience=3))
     assert len(records) == 3 and all(math.isfinite(r.loss) for r in records)
+    scattered = Denoiser(Broken(range(1, 100, 2)), VPSDE())
+    assert list(train.fit(scattered, X, steps=12, batch_size=8, every=4, patience=2))[-1].step == 12
     only = Denoiser(Broken(range(1, 3)), VPSDE())
     assert math.isnan(next(train.fit(only, X, steps=4, batch_size=8, every=2, patience=3)).loss)
 
@@ -589,7 +592,8 @@ def test_two_processes_are_one_run(tmp_path):
         import sys, torch
         sys.path.insert(0, sys.argv[1])
         from test_train import new_fit, new_model
-        run = new_fit(new_model(0.0, torch.float64), path=sys.argv[2] + "/file", log=sys.argv[2] + "/log", every=1)
+        folder = sys.argv[2]
+        run = new_fit(new_model(0.0, torch.float64), path=folder + "/file", log=folder + "/log", every=1)
         losses = list(run)
         assert run.accelerator.num_processes == 2
         torch.distributed.destroy_process_group()

@@ -32,6 +32,7 @@ class Samples:
     end            the time of `x`
     seed           the seed of `sample`
     companion      the second half of a reversible solver's state
+    evaluations    (B,) network evaluations of each sample, from adaptive solvers
     """
 
     x: Tensor
@@ -42,6 +43,7 @@ class Samples:
     end: float = 0.0
     seed: int | None = None
     companion: Tensor | None = None
+    evaluations: Tensor | None = None
 
 
 @dataclass(frozen=True)

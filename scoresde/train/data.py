@@ -53,7 +53,7 @@ class Batches:
         return self.length
 
     def go_to(self, before_epoch: Tensor, position: int) -> None:
-        """To `position` samples into the epoch whose order the generator draws from the state `before_epoch`."""
+        """To `position` samples into the epoch whose order is drawn from the state `before_epoch`."""
         self.before_epoch, self.position = before_epoch, position
         self.generator.set_state(before_epoch)
         self.order = torch.randperm(self.length, generator=self.generator)

@@ -37,8 +37,8 @@ class Progress:
     images_per_second: float
 
     def __str__(self) -> str:
-        speed = f"{self.images_per_second:.0f} images/s"
-        return f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.lr:.2e}  {speed}  {self.seconds:.0f} s"
+        done = f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.lr:.2e}"
+        return f"{done}  {self.images_per_second:.0f} images/s  {self.seconds:.0f} s"
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ class Run(Iterator[Progress]):
         weight, self.times, self.draw = parts
         self.step, self.seconds = 0, 0.0
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.averaged = list(self.ema.parameters()), list(model.parameters())
+        self.buffers = list(zip(self.ema.buffers(), model.buffers(), strict=True))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -210,12 +212,10 @@ class Run(Iterator[Progress]):
 
     @torch.no_grad()
     def _average(self) -> None:
-        """`ema = d ema + (1 - d) model`; buffers are copied. (torch's AveragedModel would wait for the device
-        here.)
-        """
+        """`ema = d ema + (1 - d) model`; buffers are copied. (AveragedModel waits for the device.)"""
         blend = get_ema_multi_avg_fn(self.settings.decay(self.step))
-        blend(list(self.ema.parameters()), list(self.model.parameters()), self.step)  # pyright: ignore[reportArgumentType]
-        for mine, its in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+        blend(*self.averaged, self.step)  # pyright: ignore[reportArgumentType]
+        for mine, its in self.buffers:
             mine.copy_(its)
 
     def _at_record(self) -> bool:

@@ -160,7 +160,7 @@ class Output:
 
 
 def _drop_after(log: Path, step: int) -> None:
-    """Cut the records after `step`, and one that was written by half: the run that goes on writes them again."""
+    """Cut the records after `step`, and one written by half: the run that goes on writes them again."""
     log.parent.mkdir(parents=True, exist_ok=True)
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]

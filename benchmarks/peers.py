@@ -1,0 +1,268 @@
+"""Public samplers as plain functions on one interface: same grid, same noises, same denoiser.
+
+    peer(task, x) -> x at task.t[-1], for x at task.t[0]
+
+The libraries live in an environment of their own, made from benchmarks/peers.txt. Two levels: `k_diffusion`, `diffusers` and
+`azula` return peers; the functions with a leading library and a trailing noun (`k_diffusion_sampling`, `diffusers_scheduler`,
+`azula_sampler`) give the library's own object on our grid, for those who want to measure it alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from scoresde.sde import LinearSDE
+
+LIBRARIES = {"diffusers": "diffusers", "k-diffusion": "k_diffusion", "azula": "azula", "torchdiffeq": "torchdiffeq"}
+RECIPE = "make the environment that the head of benchmarks/peers.txt describes, and use its Python"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a sampler is given. `t` (N + 1,) decreasing float64 times; `denoise(x, t)` is E[x_0 | x_t = x] at a 0-dim t; `noise(k)`
+    gives the normals of the k-th request, shaped like x."""
+
+    sde: LinearSDE
+    t: Tensor
+    denoise: Callable[[Tensor, Tensor], Tensor]
+    noise: Callable[[int], Tensor] | None = None
+
+    @property
+    def alpha(self) -> Tensor:
+        return self.sde.alpha(self.t)
+
+    @property
+    def sigma(self) -> Tensor:
+        return self.sde.sigma(self.t)
+
+    def source(self) -> Callable[..., Tensor]:
+        """`noise`, one request after the other, whatever the arguments."""
+        if self.noise is None:
+            return _no_noise
+        requests, noise = iter(range(sys.maxsize)), self.noise
+        return lambda *args, **kwargs: noise(next(requests))
+
+
+Peer = Callable[[Task, Tensor], Tensor]
+
+
+def _no_noise(like: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """For samplers that draw noise and multiply it with zero."""
+    if not isinstance(like, Tensor):
+        raise ValueError("this sampler is stochastic: expected a task with noise, found None")
+    return torch.zeros_like(like)
+
+
+def missing(library: str) -> str | None:
+    """Why a library of LIBRARIES cannot be used here, or None."""
+    if importlib.util.find_spec(LIBRARIES[library]) is None:
+        return f"{library} is not installed here: {RECIPE}"
+    return None
+
+
+def _import(library: str, module: str) -> Any:
+    reason = missing(library)
+    if reason:
+        raise ImportError(reason)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise ImportError(f"{library} is installed but cannot be imported ({error}): {RECIPE}") from error
+
+
+# k-diffusion: state x/alpha, noise level sigma/alpha
+
+
+@cache
+def k_diffusion_sampling() -> Any:
+    """The module k_diffusion.sampling alone; importing the package would ask for torchvision, clip, wandb and others."""
+    package = types.ModuleType("k_diffusion")
+    spec = importlib.util.find_spec("k_diffusion")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ImportError(missing("k-diffusion"))
+    package.__path__ = list(spec.submodule_search_locations)
+    package.__spec__ = importlib.machinery.ModuleSpec("k_diffusion", None, is_package=True)
+    sys.modules["k_diffusion"] = package
+    with _placeholder("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+        return _import("k-diffusion", "k_diffusion.sampling")
+
+
+@contextmanager
+def _placeholder(*names: str) -> Iterator[None]:
+    """Empty modules of these names while the block runs, unless they are there."""
+    if importlib.util.find_spec(names[0]) is not None:
+        yield
+        return
+    made = {name: types.ModuleType(name) for name in names}
+    for name, module in made.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(made[parent], child, module)
+    sys.modules.update(made)
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+def k_diffusion(name: str, **options: Any) -> Peer:
+    """`sample_<name>`; `fast` is given the ends of the grid and its number of steps."""
+
+    def run(task: Task, x: Tensor) -> Tensor:
+        function = getattr(k_diffusion_sampling(), f"sample_{name}")
+        levels = (task.sigma / task.alpha).to(x.device)
+        known = dict(zip(levels.tolist(), task.t, strict=True))
+
+        def model(y: Tensor, level: Tensor) -> Tensor:
+            value = level[0].double().cpu()
+            t = known.get(value.item())
+            t = task.sde.time(-2 * value.log()) if t is None else t
+            return task.denoise(y * task.sde.alpha(t).to(y), t)
+
+        noise, more = task.source(), dict(options)
+        if "ancestral" in name or "sde" in name:
+            more["noise_sampler"] = noise
+        span: tuple = (levels,)
+        if name == "dpm_fast":  # levels as tensors, and a default dtype, because it makes its own grid in that
+            span = (levels[-1], levels[0], len(levels) - 1)
+        with mock.patch.object(torch, "randn_like", noise), _default_dtype(x.dtype), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            y = function(model, x / task.alpha[0].to(x), *span, disable=True, **more)
+        return y * task.alpha[-1].to(x)
+
+    return run
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+# diffusers: integer timesteps into a table; ours is the grid itself
+
+
+TABLE_SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+
+
+def diffusers_scheduler(name: str, alpha: Tensor, sigma: Tensor, **config: Any) -> Any:
+    """A scheduler of VP type on N + 1 nodes with these alpha, sigma, in their dtype; timestep j is node N - 1 - j.
+
+    Its own grids and its float32 tables are replaced; what it computes from them is untouched.
+    """
+    module, n = _import("diffusers", "diffusers"), len(alpha) - 1
+    made = getattr(module, name)
+    if name in TABLE_SCHEDULERS:
+        clip = {} if name == "PNDMScheduler" else {"clip_sample": False}
+        scheduler = made(num_train_timesteps=n, timestep_spacing="leading", **clip, **config)
+        scheduler.set_timesteps(n)
+        scheduler.alphas_cumprod = alpha[:-1].square().flip(0)
+        scheduler.final_alpha_cumprod = scheduler.one = alpha[-1].square()
+        return scheduler
+    last = {"final_sigmas_type": "sigma_min"} if name != "DEISMultistepScheduler" else {}
+    scheduler = made(lower_order_final=False, **last, **config)
+    scheduler.set_timesteps(n)
+    scheduler.num_inference_steps = n
+    scheduler.timesteps = torch.arange(n - 1, -1, -1)
+    scheduler.sigmas = (sigma / alpha).cpu()
+    return scheduler
+
+
+def diffusers(name: str, eta: float | None = None, **config: Any) -> Peer:
+    """A scheduler's `step`, fed with predicted noise. eta: of DDIMScheduler."""
+
+    def run(task: Task, x: Tensor) -> Tensor:
+        scheduler = diffusers_scheduler(name, task.alpha.to(x.device), task.sigma.to(x.device), **config)
+        module, noise = sys.modules[type(scheduler).__module__], task.source()
+        alpha, sigma = task.alpha.to(x), task.sigma.to(x)
+        patched = mock.patch.object(module, "randn_tensor", noise) if hasattr(module, "randn_tensor") else _nothing()
+        options = {} if eta is None else {"eta": eta}
+        with patched, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for j in scheduler.timesteps:
+                k = len(task.t) - 2 - int(j)
+                eps = (x - alpha[k] * task.denoise(x, task.t[k])) / sigma[k]
+                x = scheduler.step(eps, j, x, **options).prev_sample
+        return x
+
+    return run
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+# azula: any alpha(t), sigma(t)
+
+
+def azula_sampler(name: str, t: Tensor, schedule: Callable[[Tensor], tuple[Tensor, Tensor]], mean: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Any:
+    """A sampler on the nodes `t`; `mean(x, t)` is the denoiser."""
+    sample, denoise = _import("azula", "azula.sample"), _import("azula", "azula.denoise")
+    parent = getattr(sample, name)
+
+    class Model(denoise.Denoiser):
+        def forward(self, x_t: Tensor, time: Tensor) -> Any:
+            return denoise.DiracPosterior(mean=mean(x_t, time))
+
+    model = Model()
+    model.schedule = schedule
+    placed = type(name, (parent,), {"timesteps": property(lambda self: t)})
+    return placed(model, steps=len(t) - 1, silent=True, **options)
+
+
+def azula(name: str, **options: Any) -> Peer:
+    """A sampler of azula.sample."""
+
+    def run(task: Task, x: Tensor) -> Tensor:
+        def schedule(t: Tensor) -> tuple[Tensor, Tensor]:
+            return task.sde.alpha(t).to(x), task.sde.sigma(t).to(x)
+
+        sampler = azula_sampler(name, task.t.to(x.device), schedule, task.denoise, **options)
+        with mock.patch.object(torch, "randn_like", task.source()):
+            return sampler(x)
+
+    return run
+
+
+PEERS: dict[str, tuple[Peer, int]] = {  # the samplers that people use, with network calls per step
+    "k-diffusion euler": (k_diffusion("euler"), 1),
+    "k-diffusion heun": (k_diffusion("heun"), 2),
+    "k-diffusion dpm_2": (k_diffusion("dpm_2"), 2),
+    "k-diffusion lms": (k_diffusion("lms"), 1),
+    "k-diffusion dpmpp_2m": (k_diffusion("dpmpp_2m"), 1),
+    "k-diffusion dpm_fast": (k_diffusion("dpm_fast"), 1),
+    "k-diffusion euler_ancestral": (k_diffusion("euler_ancestral"), 1),
+    "k-diffusion dpmpp_2s_ancestral": (k_diffusion("dpmpp_2s_ancestral"), 2),
+    "k-diffusion dpmpp_sde": (k_diffusion("dpmpp_sde"), 2),
+    "k-diffusion dpmpp_2m_sde": (k_diffusion("dpmpp_2m_sde"), 1),
+    "k-diffusion dpmpp_3m_sde": (k_diffusion("dpmpp_3m_sde"), 1),
+    "diffusers DDIM": (diffusers("DDIMScheduler", eta=0.0), 1),
+    "diffusers DDPM": (diffusers("DDPMScheduler"), 1),
+    "diffusers PNDM": (diffusers("PNDMScheduler", skip_prk_steps=True), 1),
+    **{f"diffusers DEIS-{p}": (diffusers("DEISMultistepScheduler", solver_order=p), 1) for p in (2, 3)},
+    **{f"diffusers DPM++{p}M": (diffusers("DPMSolverMultistepScheduler", solver_order=p), 1) for p in (2, 3)},
+    **{f"diffusers UniPC-{p}": (diffusers("UniPCMultistepScheduler", solver_order=p), 1) for p in (2, 3)},
+    "azula Euler": (azula("EulerSampler"), 1),
+    "azula Heun": (azula("HeunSampler"), 2),
+    **{f"azula {q}-{p}": (azula(f"{q}Sampler", order=p), 1) for q in ("zAB", "vAB", "zEAB", "xEAB", "REAB") for p in (2, 3)},
+}

@@ -1,0 +1,257 @@
+"""The command line: solvers by name, the commands end to end in small, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from scoresde import VPSDE, checkpoint, cli, digits, grids, solvers
+from scoresde.networks import MLP
+from scoresde.train.run import Run
+
+CHECKPOINT = Path(__file__).parents[1] / "benchmarks" / "digits.safetensors"
+
+
+def failing(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The line that the command complains with."""
+    assert cli.main(args) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("scoresde: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "solver"),
+    [
+        ("dpmpp", solvers.dpmpp()),
+        (" dpmpp ( order = 3 ) ", solvers.dpmpp(order=3)),
+        ("ddpm(variance='large')", solvers.ddpm(variance="large")),
+        ("ddim(eta=0.5)", solvers.ddim(eta=0.5)),
+        ("deis(order=2, variable='lam')", solvers.deis(order=2, variable="lam")),
+        ("dpmpp(order=2, singlestep=True)", solvers.dpmpp(order=2, singlestep=True)),
+        ("heun()", solvers.heun()),
+    ],
+)
+def test_solvers_by_name(text: str, solver):
+    parsed, grid = cli.parse_solver(text)
+    assert repr(parsed) == repr(solver) and grid is None
+    times = torch.linspace(1, 0.01, 5, dtype=torch.float64)
+    assert parsed.tableau(VPSDE(), times).mix.equal(solver.tableau(VPSDE(), times).mix)
+
+
+def test_every_solver_can_be_named(unchecked: None):
+    for name in {made.partition("(")[0] for made in solvers.examples()}:
+        assert repr(cli.parse_solver(name)[0]).startswith(f"{name}(")
+
+
+MALICIOUS = [
+    "",
+    "__import__('os').system('touch hacked')",
+    "dpmpp(order=__import__('os').system('touch hacked'))",
+    "dpmpp(order=open('hacked', 'w'))",
+    "dpmpp(order=[open('hacked', 'w') for _ in (1,)])",
+    "dpmpp(order=(lambda: 2)())",
+    "dpmpp(order=order)",
+    "dpmpp(**{'order': 2})",
+    "dpmpp(*[2])",
+    "dpmpp(3)",
+    "dpmpp().solve",
+    "dpmpp()()",
+    "solvers.dpmpp()",
+    "dpmpp if 1 else 2",
+    "dpmpp; open('hacked', 'w')",
+    "dpmpp\nopen('hacked', 'w')",
+    "dpmpp(order=2",
+    "dpmpp(order=2, order=3)",
+    "(" * 5000,
+    "dpmpp(order=" + "9" * 5000 + ")",
+    "Card",
+    "examples",
+    "card()",
+    "base",
+    "__builtins__",
+    "from_tableau(table=1)",
+    "dpmpp(order=9)",
+    "dpmpp(order='two')",
+    "dpmpp(ordre=2)",
+    "dpmpp\0",
+]
+
+
+@pytest.mark.parametrize("text", MALICIOUS)
+def test_nothing_but_solvers(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        cli.parse_solver(text)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_option_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"ordre.*expected dpmpp\(order: 'int' = 2"):
+        cli.parse_solver("dpmpp(ordre=2)")
+
+
+def test_a_table_brings_its_grid(tmp_path: Path):
+    table = solvers.dpmpp(2).tableau(VPSDE(), grids.quadratic(VPSDE(), 5))
+    path = tmp_path / "table.json"
+    path.write_text(table.to_json())
+    solver, grid = cli.parse_solver(str(path))
+    assert solver.tableau(VPSDE(), grid).mix.equal(table.mix)
+    path.write_text('{"format": "else"}')
+    with pytest.raises(ValueError, match="Tableau"):
+        cli.parse_solver(str(path))
+
+
+def test_solvers_lists_all(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["solvers"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name}  " in printed for name in solvers.examples())
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps from each solver."""
+    monkeypatch.setattr(digits, "SAMPLERS", tuple(replace(s, steps=min(s.steps, 20)) for s in digits.SAMPLERS))
+
+
+def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str], short: None, unchecked: None):
+    assert cli.main(["quickstart", "--seconds", "2", "--n", "24", "--out", str(tmp_path / "new" / "out")]) == 0
+    out = tmp_path / "new" / "out"
+    names = ["checkpoint.safetensors", "report.json", "report.md", "samples.png", "trajectory.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert all(out.joinpath(name).stat().st_size < 150_000 for name in names[1:])
+    report = json.loads((out / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["real digits", "Gaussian", "DDPM", "Euler-Maruyama", "DDIM", "DPM-Solver++(2M)"]
+    for row in rows.values():
+        numbers = [row[key] for key in ("calls", "seconds", "accuracy", "energy_distance", "nearest", "copies")]
+        assert all(math.isfinite(number) for number in numbers)
+    assert [row["calls"] for row in rows.values()] == [0, 0, 20, 20, 20, 20]
+    assert report["training"]["steps"] >= 1 and report["training"]["seconds"] >= 2
+    captured = capsys.readouterr()
+    table = [line for line in captured.out.splitlines() if line.startswith("| ")]
+    assert len(table) == 2 + len(rows) and len({len(line) for line in table}) == 1
+    assert all(line in (out / "report.md").read_text() for line in table)
+    assert "training" in captured.err and "2/2 s" in captured.err
+    assert checkpoint.describe(out / "checkpoint.safetensors")["metadata"]["shape"] == [1, 8, 8]
+
+
+def test_interrupt_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unchecked: None):
+    """Ctrl-C in the third step: that step is finished and saved, the message says how to go on, and going on goes on."""
+    step = Run._train_step
+
+    def interrupted(run: Run) -> None:
+        if run.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        step(run)
+
+    out = tmp_path / "digits.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_train_step", interrupted)
+        assert cli.main(["train", "--steps", "5", "--out", str(out)]) == 130
+    assert f"Saved after step 3 to {out}. Go on with: scoresde train --out {out} --resume" in capsys.readouterr().err
+    assert checkpoint.load(out) is not None
+    assert cli.main(["train", "--steps", "5", "--out", str(out), "--resume"]) == 0
+    assert checkpoint.describe(out)["training"]["step"] == 5
+
+    whole = tmp_path / "whole.safetensors"
+    assert cli.main(["train", "--steps", "5", "--out", str(whole)]) == 0
+    pairs = zip(checkpoint.load(out).parameters(), checkpoint.load(whole).parameters(), strict=True)
+    assert all(a.equal(b) for a, b in pairs)
+
+
+def test_interrupt_while_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unchecked: None):
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "compare", stop)
+    assert cli.main(["quickstart", "--steps", "1", "--out", str(tmp_path)]) == 130
+    assert f"The model is in {tmp_path / 'checkpoint.safetensors'}." in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_sample_pictures_and_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str], unchecked: None):
+    array, again, picture = tmp_path / "a" / "x.npy", tmp_path / "y.npy", tmp_path / "x.png"
+    options = ["--solver", "ddpm(variance='large')", "--steps", "6", "--grid", "uniform", "--end", "0"]
+    assert cli.main(["sample", str(CHECKPOINT), "--n", "4", "--out", str(array), *options]) == 0
+    assert "4 samples by ddpm" in capsys.readouterr().out
+    assert cli.main(["sample", str(CHECKPOINT), "--n", "2", "--out", str(again), *options]) == 0
+    x, y = np.load(array), np.load(again)
+    assert x.shape == (4, 1, 8, 8) and np.isfinite(x).all()
+    np.testing.assert_allclose(x[:2], y, atol=1e-4)
+    assert cli.main(["sample", str(CHECKPOINT), "--n", "20", "--label", "3", "--steps", "3", "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_label_is_the_class_that_is_drawn(tmp_path: Path, unchecked: None):
+    judge = digits.Judge(digits.load().judge)
+    for label in (0, 4):
+        out = tmp_path / f"{label}.npy"
+        assert cli.main(["sample", str(CHECKPOINT), "--n", "10", "--label", str(label), "--out", str(out)]) == 0
+        assert judge.accuracy(torch.as_tensor(np.load(out)), torch.full((10,), label)) >= 0.7
+
+
+def test_a_network_for_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from scoresde import Denoiser
+
+    path, out = tmp_path / "mlp.safetensors", tmp_path / "x.npy"
+    checkpoint.save(path, Denoiser(MLP(3, 8, 1), VPSDE()))
+    assert "give --shape" in failing(capsys, "sample", str(path), "--out", str(out))
+    assert cli.main(["sample", str(path), "--n", "5", "--shape", "3", "--out", str(out)]) == 0
+    assert np.load(out).shape == (5, 3)
+    picture = str(tmp_path / "x.png")
+    assert "write an .npy file" in failing(capsys, "sample", str(path), "--shape", "3", "--out", picture)
+    assert "without classes" in failing(capsys, "sample", str(path), "--shape", "3", "--label", "1", "--out", str(out))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["sample", "missing.safetensors"], "missing.safetensors"),
+        (["sample", __file__], "expected"),
+        (["sample", str(CHECKPOINT), "--solver", "dpm++"], "expected a solver"),
+        (["sample", str(CHECKPOINT), "--solver", "missing.json"], "missing.json"),
+        (["sample", str(CHECKPOINT), "--label", "10"], "from 0 to 9"),
+        (["sample", str(CHECKPOINT), "--out", "samples.txt"], ".png or .npy"),
+        (["sample", str(CHECKPOINT), "--n", "0"], "at least 1 sample"),
+        (["sample", str(CHECKPOINT), "--steps", "0"], "steps"),
+        (["sample", str(CHECKPOINT), "--device", "abacus"], "abacus"),
+        (["quickstart", "--n", "1"], "at least 2 samples"),
+        (["quickstart", "--resume", "--out", "nowhere"], "leave out --resume"),
+        (["train", "--steps", "0"], "steps"),
+    ],
+)
+def test_one_clear_line(args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in failing(capsys, *args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_scikit_learn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert "scoresde[examples]" in failing(capsys, "train")
+
+
+def test_wrong_words_end_with_code_2(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["sample"])
+    assert exit.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    assert cli.main(["solvers"]) == 0
+    assert torch.get_num_threads() == before

@@ -1,0 +1,377 @@
+"""The table, its executor and its laws, against independent propagation in numpy; no Monte Carlo."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import protocol
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scoresde import grids, solvers
+from scoresde.denoiser import Rows
+from scoresde.laws import Gaussian
+from scoresde.noise import Noise
+from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
+from scoresde.tableau import FIELDS, Tableau, join, run
+
+SDES: dict[str, LinearSDE] = {
+    "vp": VPSDE(),
+    "subvp": SubVPSDE(),
+    "ve": VESDE(),
+    "edm": EDM(),
+    "rectified": Rectified(),
+    "table": VPSDE.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)),
+}
+
+
+def random_table(rows: int, width: int, seed: int) -> Tableau:
+    """A table with nothing special: every coefficient that may be used is."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(rows, width)) * (np.arange(width) <= np.arange(rows)[:, None])
+    mix[rng.random((rows, width)) < 0.2] = 0
+    noise = rng.normal(size=rows) * (rng.random(rows) < 0.7)
+    return Tableau(
+        torch.linspace(1, 1e-3, rows + 1, dtype=torch.float64),
+        *(torch.from_numpy(value) for value in (rng.normal(size=rows), rng.normal(size=rows), rng.normal(size=rows))),
+        torch.from_numpy(mix),
+        torch.from_numpy(noise),
+        "random",
+    )
+
+
+def forms(table: Tableau) -> np.ndarray:
+    """(K + 1, 1 + 2K) states over (x_0, D_0.., eps_0..), from the definition, history kept as a list of all outputs."""
+    K = len(table)
+    skip, out, keep, mix, noise = (getattr(table, f).numpy() for f in ("skip", "out", "keep", "mix", "noise"))
+    unit = np.eye(1 + 2 * K)
+    states, outputs = [unit[0]], []
+    for k in range(K):
+        outputs.append(skip[k] * states[k] + out[k] * unit[1 + k])
+        x = keep[k] * states[k] + noise[k] * unit[1 + K + k]
+        for j in range(min(mix.shape[1], k + 1)):
+            x = x + mix[k, j] * outputs[k - j]
+        states.append(x)
+    return np.array(states)
+
+
+tables = st.builds(random_table, st.integers(1, 9), st.integers(1, 12), st.integers(0, 10**6))
+
+
+@given(tables)
+def test_canonical_is_naive_propagation(table: Tableau) -> None:
+    form, expected, K = table.canonical(), forms(table), len(table)
+    assert torch.equal(form.times, table.times)
+    found = torch.cat([form.a[:, None], form.B, form.C], 1).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13 * np.abs(expected).max())
+    assert form.a.shape == (K + 1,) and form.B.shape == form.C.shape == (K + 1, K)
+    for k in range(K + 1):
+        assert not form.B[k, k:].any() and not form.C[k, k:].any()
+
+
+@given(tables, st.integers(0, 10**6))
+def test_run_is_the_canonical_form(table: Tableau, seed: int) -> None:
+    """Any batch, any denoiser: the executor on numbers, with a denoiser given as a x + b F."""
+    rng, K = np.random.default_rng(seed), len(table)
+    x, z, F = rng.normal(size=(3, 2)), rng.normal(size=(K, 3, 2)), rng.normal(size=(K, 3, 2))
+    a, b = rng.normal(size=K), rng.normal(size=K)
+    seen: list[np.ndarray] = []
+
+    def evaluate(state: torch.Tensor, k: int) -> torch.Tensor:
+        seen.append(state.numpy().copy())
+        return torch.from_numpy(F[k]) * state.cos()
+
+    asked: list[tuple[int, tuple[int, ...]]] = []
+
+    def noise(k: int, shape) -> torch.Tensor:
+        asked.append((k, tuple(shape)))
+        return torch.from_numpy(z[k])
+
+    before: list[int] = []
+    after: list[torch.Tensor] = []
+    result = run(
+        table, Rows(evaluate, a.tolist(), b.tolist()), torch.from_numpy(x), noise,
+        before=lambda k, state, raw: before.append(k), after=after.append,
+    )  # fmt: skip
+    D = [a[k] * seen[k] + b[k] * F[k] * np.cos(seen[k]) for k in range(K)]
+    form = forms(table)
+    for k in range(K + 1):
+        parts = [x, *D, *z]
+        expected = sum(c * part for c, part in zip(form[k], parts, strict=True))
+        scale = 1e-12 * sum(np.abs(c * part).max() for c, part in zip(form[k], parts, strict=True))
+        state = seen[k] if k < K else result.numpy()
+        np.testing.assert_allclose(state, expected, atol=scale, rtol=0)
+    assert before == list(range(K)) and len(after) == K and after[-1] is result
+    assert asked == [(k, (3, 2)) for k in range(K) if table.noise[k] != 0]
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_law_is_brute_force(name: str) -> None:
+    """Full covariances in three dimensions, a prior that does not commute with the data: matrices, no eigenvectors."""
+    sde, rng = SDES[name], np.random.default_rng(3)
+    root, prior_root = rng.normal(size=(3, 3)), rng.normal(size=(3, 3)) * sde.prior_std
+    S, P = root @ root.T, prior_root @ prior_root.T + 0.1 * np.eye(3)
+    mean, prior_mean = rng.normal(size=3), rng.normal(size=3)
+    grid = grids.karras(sde, 9)
+    for solver in (solvers.dpmpp(3), solvers.exponential(2, corrector=3, tau=0.7), solvers.heun(), solvers.ddpm("large")):
+        table = solver.tableau(sde, grid)
+        K, H = len(table), table.mix.shape[1]
+        alpha, sigma = (getattr(sde, f)(table.times).numpy() for f in ("alpha", "sigma"))
+        # a state is (matrix on the initial state, constant, matrices on the noises)
+        state = np.concatenate([np.eye(3), np.zeros((3, 1)), np.zeros((3, 3 * K))], 1)
+        outputs: list[np.ndarray] = []
+        for k in range(K):
+            gain = alpha[k] * S @ np.linalg.inv(alpha[k] ** 2 * S + sigma[k] ** 2 * np.eye(3))
+            D = gain @ state
+            D[:, 3] += mean - alpha[k] * gain @ mean
+            outputs.append(float(table.skip[k]) * state + float(table.out[k]) * D)
+            state = float(table.keep[k]) * state
+            for j in range(min(H, k + 1)):
+                state = state + float(table.mix[k, j]) * outputs[k - j]
+            state[:, 4 + 3 * k : 7 + 3 * k] += float(table.noise[k]) * np.eye(3)
+        A, c, N = state[:, :3], state[:, 3], state[:, 4:]
+        data = Gaussian(torch.from_numpy(mean), torch.from_numpy(S))
+        found = table.law(data, sde)
+        np.testing.assert_allclose(found.mean.numpy(), c, rtol=1e-9, atol=1e-10)
+        expected = sde.prior_std**2 * A @ A.T + N @ N.T
+        np.testing.assert_allclose(found.cov.numpy(), expected, rtol=1e-8, atol=1e-9 * np.abs(expected).max())
+        prior = Gaussian(torch.from_numpy(prior_mean), torch.from_numpy(P))
+        found = table.law(data, sde, prior=prior)
+        np.testing.assert_allclose(found.mean.numpy(), A @ prior_mean + c, rtol=1e-9, atol=1e-9)
+        expected = A @ P @ A.T + N @ N.T
+        np.testing.assert_allclose(found.cov.numpy(), expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
+
+
+def test_law_keeps_the_shape_of_the_event_and_takes_diagonals() -> None:
+    sde, grid = VPSDE(), grids.quadratic(VPSDE(), 5)
+    mean, variance = torch.randn(2, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    table = solvers.ddpm().tableau(sde, grid)
+    found = table.law(Gaussian(mean, variance), sde)
+    assert found.mean.shape == found.variance.shape == (2, 3)
+    one = table.law(Gaussian(mean[1, 2], variance[1, 2]), sde)
+    assert float(found.mean[1, 2]) == pytest.approx(one.mean.item(), rel=1e-13)
+    assert float(found.variance[1, 2]) == pytest.approx(one.variance.item(), rel=1e-13)
+    prior = Gaussian(torch.full((2, 3), 0.5, dtype=torch.float64), 2.0)
+    shifted = table.law(Gaussian(mean, variance), sde, prior=prior)
+    assert shifted.mean.shape == (2, 3)
+    slope = (found.variance[1, 2] - table.law(Gaussian(mean, variance), sde, Gaussian(mean, 0.0)).variance[1, 2]).sqrt()
+    assert float(shifted.mean[1, 2] - found.mean[1, 2]) == pytest.approx(0.5 * slope.item(), rel=1e-9)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("sampler", "at_100", "at_1000"),
+    [
+        (solvers.euler_maruyama(rule="score_sde"), (0.70308, 0.25421), (0.70041, 0.25035)),
+        (solvers.reverse_diffusion(rule="score_sde"), (0.70388, 0.25715), (0.69954, 0.25199)),
+        (solvers.ddpm(rule="score_sde"), (0.70765, 0.25083), (0.69991, 0.25136)),
+    ],
+    ids=["euler_maruyama", "reverse_diffusion", "ancestral"],
+)
+def test_exact_output_law_of_the_historical_samplers(sampler, at_100, at_1000) -> None:
+    sde, data = VPSDE(), Gaussian(0.7, 0.25)
+    for n, expected in ((100, at_100), (1000, at_1000)):
+        table = sampler.tableau(sde, torch.linspace(1, 1e-3, n, dtype=torch.float64))
+        law = table.law(data, sde)
+        assert len(table) == n
+        assert (law.mean.item(), law.variance.item()) == pytest.approx(expected, abs=2e-5)
+
+
+def relative_defect(table: Tableau, sde: LinearSDE) -> float:
+    alpha, sigma = sde.alpha(table.times)[1:], sde.sigma(table.times)[1:]
+    largest = torch.cummax(sde.sigma(table.times).flip(0), 0).values.flip(0)[:-1]
+    scale = torch.stack([alpha.clamp_min(1), largest.clamp_min(1) ** 2], 1)
+    return float((table.defect(sde) / scale).abs().max())
+
+
+EXACT = {n: s for n, s in protocol.table_solvers().items() if "marginal_exact" in s.card.properties}
+INEXACT = {n: s for n, s in protocol.table_solvers().items() if n not in EXACT}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_marginal_exact_solvers_keep_the_point_mass(name: str) -> None:
+    for sde in SDES.values():
+        for make in (grids.karras, grids.quadratic):
+            grid = make(sde, 10)
+            if not bool(torch.isfinite(grid.lam[0])):  # noise is undefined without signal: from a node with some
+                grid = grids.Grid.of(sde, grid.t[1:])
+            assert relative_defect(EXACT[name].tableau(sde, grid), sde) < 1e-12
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_other_solvers_do_not(name: str) -> None:
+    """On ten steps uniform in t."""
+    assert relative_defect(INEXACT[name].tableau(VPSDE(), grids.uniform(VPSDE(), 10)), VPSDE()) > 1e-4
+
+
+def test_the_ones_that_must_not_are_among_them() -> None:
+    expected = [solvers.euler_maruyama(), solvers.reverse_diffusion(), solvers.ddpm("large"), solvers.seeds(1)]
+    assert {repr(solver) for solver in expected} <= set(INEXACT)
+
+
+def test_defect_is_the_law_of_a_point_mass() -> None:
+    """Column 0 row by row from the definition; column 1 against the law, mean by mean and variance by variance."""
+    sde = VPSDE()
+    for table in (random_table(7, 3, 1), solvers.euler_maruyama().tableau(sde, grids.uniform(sde, 7))):
+        defect = table.defect(sde)
+        assert defect.shape == (len(table), 2) and defect.dtype == torch.float64
+        alpha, sigma = sde.alpha(table.times).numpy(), sde.sigma(table.times).numpy()
+        form = forms(table)
+        K = len(table)
+        for k in range(K):
+            kept = float(table.keep[k]) * alpha[k]
+            for j in range(min(k + 1, table.mix.shape[1])):
+                kept += float(table.mix[k, j]) * (float(table.skip[k - j]) * alpha[k - j] + float(table.out[k - j]))
+            assert float(defect[k, 0]) == pytest.approx(kept - alpha[k + 1], rel=1e-10, abs=1e-13)
+            variance = (form[k + 1, 0] * sigma[0]) ** 2 + (form[k + 1, 1 + K :] ** 2).sum()
+            assert float(defect[k, 1]) == pytest.approx(variance - sigma[k + 1] ** 2, rel=1e-10, abs=1e-13)
+
+
+ONE_STEP = [solvers.ddpm(), solvers.ddpm("large"), solvers.ddim(), solvers.ddim(0.4), solvers.euler_maruyama(),
+            solvers.reverse_diffusion(), solvers.dpmpp(1), solvers.heun(), solvers.midpoint()]  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", ONE_STEP, ids=repr)
+def test_split_runs_are_the_whole_run_bit_for_bit(solver) -> None:
+    """Tables split at any node concatenate to the whole table, and runs with the noise's row offset to the run."""
+    sde = VPSDE()
+    grid = grids.quadratic(sde, 7, 0.0)
+    model, noise = Gaussian(torch.tensor([0.3, -0.1, 1.0]), 0.5).denoiser(sde), Noise.of(5, batch=4, dtype=torch.float64)
+    x = noise.prior((4, 3))
+    whole_table, whole = solver.tableau(sde, grid), solver.solve(model, x, grid, noise=noise)
+    for cut in (1, 3, 6):
+        first, second = (solver.tableau(sde, t) for t in (grid.t[: cut + 1], grid.t[cut:]))
+        joined = first + second
+        assert len(joined) == len(first) + len(second) == len(whole_table)
+        for key in FIELDS:
+            assert torch.equal(getattr(joined, key), getattr(whole_table, key)), key
+        half = solver.solve(model, x, grid.t[: cut + 1], noise=noise)
+        rest = solver.solve(model, half.x, grid.t[cut:], noise=noise.shift(len(first)))
+        assert torch.equal(rest.x, whole.x)
+
+
+def test_tables_concatenate() -> None:
+    sde = VPSDE()
+    a = solvers.dpmpp(3).tableau(sde, torch.tensor([1.0, 0.8, 0.6, 0.4], dtype=torch.float64))
+    b = solvers.ddpm().tableau(sde, torch.tensor([0.4, 0.2, 0.1], dtype=torch.float64))
+    c = solvers.dpmpp(2).tableau(sde, torch.tensor([0.1, 0.05, 0.0], dtype=torch.float64))
+    both = a + b + c
+    assert len(both) == 7 and both.mix.shape == (7, 3)
+    assert both.times.tolist() == [1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.0]
+    assert both.name == "dpmpp + ddpm" and join([a]).name == "dpmpp" and (b + b_after(sde)).name == "ddpm"
+    model, x = Gaussian(torch.tensor([0.3, -0.1]), 0.5).denoiser(sde), torch.randn(5, 2, dtype=torch.float64)
+    noise = Noise.of(1, batch=5, dtype=torch.float64)
+    whole = solvers.from_tableau(both).solve(model, x, both.times, noise=noise)
+    rows = 0
+    for table in (a, b, c):
+        x = solvers.from_tableau(table).solve(model, x, table.times, noise=noise.shift(rows)).x
+        rows += len(table)
+    assert torch.equal(whole.x, x) and whole.network_calls == 7
+    with pytest.raises(ValueError, match=r"start where the one before ends, found 0\.4 and 1\.0"):
+        a + a
+
+
+def b_after(sde: LinearSDE) -> Tableau:
+    return solvers.ddpm().tableau(sde, torch.tensor([0.1, 0.05], dtype=torch.float64))
+
+
+@given(tables)
+def test_json_round_trip_is_exact(table: Tableau) -> None:
+    back = Tableau.from_json(table.to_json())
+    assert back.name == table.name
+    for key in FIELDS:
+        assert torch.equal(getattr(back, key), getattr(table, key)) and getattr(back, key).dtype == torch.float64
+
+
+def changed(text: str, **values) -> str:
+    data = {**json.loads(text), **values}
+    return json.dumps({key: value for key, value in data.items() if value is not ...})
+
+
+def test_json_that_is_no_table() -> None:
+    text = random_table(3, 2, 0).to_json()
+    assert json.loads(text)["format"] == "scoresde.tableau/1"
+    assert Tableau.from_json(changed(text, name=...)).name == "tableau"
+    bad = ["{", "[]", "3", '"x"', changed(text, format="scoresde.tableau/2"), changed(text, keep=...)]
+    bad += [changed(text, keep=[1.0]), changed(text, noise=[math.nan] * 3), changed(text, mix=[["a"]])]
+    for content in bad:
+        with pytest.raises(ValueError):
+            Tableau.from_json(content)
+
+
+GOOD = {key: getattr(random_table(3, 2, 0), key) for key in FIELDS}
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_construction_errors(key: str) -> None:
+    assert len(Tableau(**GOOD)) == 3 and Tableau(**GOOD).name == "tableau"
+    value = GOOD[key]
+    with pytest.raises(ValueError, match="expected shapes"):
+        Tableau(**{**GOOD, key: value[:-1]})
+    with pytest.raises(ValueError, match="expected shapes"):
+        Tableau(**{**GOOD, key: value[..., None]})
+    with pytest.raises(ValueError, match="expected shapes"):
+        Tableau(**{**GOOD, key: torch.tensor(1.0)})
+    for wrong in (math.nan, math.inf):
+        broken = value.clone()
+        broken.view(-1)[0] = wrong
+        with pytest.raises(ValueError, match=f"finite coefficients in tableau, found {key}"):
+            Tableau(**{**GOOD, key: broken})
+
+
+def test_tables_read_only_their_own_outputs_and_are_not_empty() -> None:
+    mix = GOOD["mix"].clone()
+    mix[0, 1] = 1e-9
+    with pytest.raises(ValueError, match="outputs before its first row"):
+        Tableau(**{**GOOD, "mix": mix})
+    empty = {key: torch.zeros(0) for key in FIELDS}
+    with pytest.raises(ValueError, match="expected shapes"):
+        Tableau(**{**empty, "times": torch.ones(1), "mix": torch.zeros(0, 1)})
+    with pytest.raises(ValueError, match="expected shapes"):
+        Tableau(**{**GOOD, "mix": torch.zeros(3, 0)})
+
+
+def test_fields_are_float64_on_the_host_without_gradient() -> None:
+    table = Tableau(**{key: value.float().requires_grad_() for key, value in GOOD.items()})
+    for key in FIELDS:
+        value = getattr(table, key)
+        assert value.dtype == torch.float64 and value.device.type == "cpu" and not value.requires_grad
+    with pytest.raises(AttributeError):
+        table.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_repr() -> None:
+    table = solvers.dpmpp(2).tableau(VPSDE(), grids.uniform(VPSDE(), 3, 0.0))
+    lines = repr(table).splitlines()
+    assert lines[0] == "dpmpp: 3 calls, history 2" and len(lines) == 5
+    assert lines[1].split() == ["k", "t", "->", "t", "skip", "out", "keep", "noise", "mix"]
+    assert [line.split()[0] for line in lines[2:]] == ["0", "1", "2"]
+    assert [float(w) for w in lines[3].split()[1:] if w != "->"] == pytest.approx(
+        [*table.times[1:3].tolist(), 0, 1, float(table.keep[1]), 0, *table.mix[1].tolist()], rel=1e-4
+    )
+    long = repr(solvers.ddim().tableau(VPSDE(), grids.uniform(VPSDE(), 40))).splitlines()
+    assert [line.split()[0] for line in long[2:]] == [str(k) for k in [*range(5), *range(35, 40)]]
+    assert len(repr(solvers.ddim().tableau(VPSDE(), grids.uniform(VPSDE(), 12))).splitlines()) == 14
+
+
+def test_a_stochastic_table_asks_for_noise() -> None:
+    sde, grid = VPSDE(), grids.uniform(VPSDE(), 3)
+    model, x = Gaussian(torch.zeros(2), 1.0).denoiser(sde), torch.zeros(1, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="ddpm is stochastic: expected a noise source"):
+        solvers.ddpm().solve(model, x, grid)
+    solvers.ddim().solve(model, x, grid)
+
+
+def test_from_tableau_is_for_its_own_times() -> None:
+    sde = VPSDE()
+    table = solvers.ddpm().tableau(sde, grids.uniform(sde, 4))
+    solver = solvers.from_tableau(table)
+    assert solver.card.stochastic and solver.tableau(sde, table.times) is table
+    assert solver.steps_for(4) == 1 or solver.steps_for(4) >= 1
+    for times in ([1.0, 0.5], [0.9, 1e-3], [0.9, 0.5]):
+        with pytest.raises(ValueError, match=r"runs from t = 1\.0 to 0\.001"):
+            solver.tableau(sde, torch.tensor(times, dtype=torch.float64))
