@@ -25,8 +25,11 @@ def ring(modes: int = 8, radius: float = 1.0, std: float = 0.1) -> Mixture:
     return Mixture(torch.full((modes,), 1 / modes, dtype=torch.float64), means, std**2)
 
 
-def anisotropic(dim: int = 64, modes: int = 20, low: float = 0.03, high: float = 0.6, seed: int = 1) -> Mixture:
-    """Modes of unequal weight, each with its own rotated covariance of standard deviations from `low` to `high`."""
+def anisotropic(
+    dim: int = 64, modes: int = 20, low: float = 0.03, high: float = 0.6, seed: int = 1
+) -> Mixture:
+    """Modes of unequal weight, each with its own rotated covariance of standard deviations from `low` to
+    `high`."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(modes, generator=generator, dtype=torch.float64) + 0.5
     spectrum = torch.logspace(math.log10(low), math.log10(high), dim, dtype=torch.float64) ** 2
@@ -39,8 +42,14 @@ def subspace(dim: int = 3072, modes: int = 10, rank: int = 20, seed: int = 2) ->
     generator = torch.Generator().manual_seed(seed)
     shared = torch.linalg.qr(_normal(generator, dim, 3 * rank)).Q
     means = 0.25 * math.sqrt(dim) / math.sqrt(3 * rank) * _normal(generator, modes, 3 * rank) @ shared.T
-    factors = shared @ (0.1 * math.sqrt(dim) / math.sqrt(3 * rank) * _normal(generator, modes, 3 * rank, rank))
-    return Mixture(torch.full((modes,), 1 / modes, dtype=torch.float64), means, LowRank(torch.full((modes,), 0.02**2, dtype=torch.float64), factors))
+    factors = shared @ (
+        0.1 * math.sqrt(dim) / math.sqrt(3 * rank) * _normal(generator, modes, 3 * rank, rank)
+    )
+    return Mixture(
+        torch.full((modes,), 1 / modes, dtype=torch.float64),
+        means,
+        LowRank(torch.full((modes,), 0.02**2, dtype=torch.float64), factors),
+    )
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
@@ -51,7 +60,12 @@ PROBLEMS: dict[str, Law] = {}
 
 
 def problem(name: str) -> Law:
-    """"gaussian" | "ring" | "anisotropic" | "subspace", made once."""
+    """ "gaussian" | "ring" | "anisotropic" | "subspace", made once."""
     if name not in PROBLEMS:
-        PROBLEMS[name] = {"gaussian": gaussian, "ring": ring, "anisotropic": anisotropic, "subspace": subspace}[name]()
+        PROBLEMS[name] = {
+            "gaussian": gaussian,
+            "ring": ring,
+            "anisotropic": anisotropic,
+            "subspace": subspace,
+        }[name]()
     return PROBLEMS[name]

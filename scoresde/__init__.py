@@ -1,12 +1,42 @@
-"""Score-based generative models in continuous time: a VP-SDE you can discretize, reverse, sample and measure."""
+"""Score-based generative models in continuous time, around the VP-SDE: discretize, reverse, sample, measure."""
 
 from . import checkpoint, grids, laws, losses, networks, noise, schedules, solvers, train
-from .ddpm import DDPM
+from .ddpm import DDPM, discretize
 from .denoiser import BaseDenoiser, Denoiser, Karras
 from .grids import Grid
-from .sampling import sample
-from .sde import EDM, VESDE, LinearSDE, Rectified, ReverseSDE, SubVPSDE, VPSDE
+from .sampling import decode, encode, sample
+from .sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, ReverseSDE, SubVPSDE
 from .solvers import Samples
 from .tableau import Tableau
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DDPM",
+    "EDM",
+    "VESDE",
+    "VPSDE",
+    "BaseDenoiser",
+    "Denoiser",
+    "Grid",
+    "Karras",
+    "LinearSDE",
+    "Rectified",
+    "ReverseSDE",
+    "Samples",
+    "SubVPSDE",
+    "Tableau",
+    "checkpoint",
+    "decode",
+    "discretize",
+    "encode",
+    "grids",
+    "laws",
+    "losses",
+    "networks",
+    "noise",
+    "sample",
+    "schedules",
+    "solvers",
+    "train",
+]

@@ -1,6 +1,6 @@
 """The command `scoresde`: train, sample, and the main job on real digits, `scoresde quickstart`.
 
-Only here do strings name solvers. What a user can get wrong ends with one line on the terminal and exit code 2.
+Only here do strings name solvers. What a user gets wrong ends with one line on the terminal and exit code 2.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from .solvers import Solver
 from .tableau import Step, Tableau
 from .train import Run
 
-GRIDS: dict[str, GridFunction] = {f.__name__: f for f in (grids.uniform, grids.quadratic, grids.log_snr, grids.karras, grids.ddpm)}
+GRIDS: dict[str, GridFunction] = {
+    f.__name__: f for f in (grids.uniform, grids.quadratic, grids.log_snr, grids.karras, grids.ddpm)
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -38,7 +40,9 @@ def main(args: Sequence[str] | None = None) -> int:
     description = "Score-based generative models around one VP-SDE. Begin with: scoresde quickstart"
     try:
         with _all_cores():
-            tyro.extras.subcommand_cli_from_dict(commands, prog="scoresde", description=description, args=args)
+            tyro.extras.subcommand_cli_from_dict(
+                commands, prog="scoresde", description=description, args=args
+            )
     except (ValueError, ImportError, OSError) as error:
         print(f"scoresde: {error}", file=sys.stderr)
         return 2
@@ -60,7 +64,7 @@ def quickstart(
     device: str = "auto",
     resume: bool = False,
 ) -> None:
-    """Train on real handwritten digits for two minutes, sample with four solvers, measure, and write pictures and a report.
+    """Train on real handwritten digits, sample with four solvers, measure, and write pictures and a report.
 
     Args:
         out: folder for checkpoint.safetensors, samples.png, trajectory.png, report.md and report.json.
@@ -80,13 +84,19 @@ def quickstart(
     hint = f"Go on with: scoresde quickstart --out {out} --resume"
     if resume and not path.exists():
         raise ValueError(f"expected a checkpoint to resume from, found no {path}; leave out --resume")
-    run = digits.training(digits.denoiser(seed).to(where), data.train, steps=steps, seed=seed, resume=path if resume else None)
+    run = digits.training(
+        digits.denoiser(seed).to(where), data.train, steps=steps, seed=seed, resume=path if resume else None
+    )
     _train(run, path, seconds, hint)
     with _interrupt_says(f"The model is in {path}. {hint}"):
         rows, frames = digits.compare(run.ema, data, n, seed, progress=sys.stderr.isatty())
     report = {
         "digits": {part: len(images.x) for part, images in data._asdict().items()},
-        "training": {"seconds": round(run.seconds, 1), "steps": run.step, "parameters": sum(p.numel() for p in run.model.parameters())},
+        "training": {
+            "seconds": round(run.seconds, 1),
+            "steps": run.step,
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+        },
         "machine": _machine(where),
         "seconds": round(time.perf_counter() - started, 1),
         "targets": digits.TARGETS,
@@ -95,7 +105,8 @@ def quickstart(
     _draw_rows(out / "samples.png", rows)
     _draw_frames(out / "trajectory.png", frames)
     _write_report(out, report, rows)
-    print(f"\n{digits.table(rows)}\n\n{digits.verdict(rows)}\nWritten to {out}: samples.png, trajectory.png, report.md, report.json, {path.name}")
+    files = f"samples.png, trajectory.png, report.md, report.json, {path.name}"
+    print(f"\n{digits.table(rows)}\n\n{digits.verdict(rows)}\n\nWritten to {out}: {files}")
 
 
 def train(
@@ -141,7 +152,8 @@ def sample(
 
     Args:
         model: the checkpoint.
-        solver: a name from `scoresde solvers`, with options as in "dpmpp(order=3)", or a table written by Tableau.to_json (a .json file).
+        solver: a name from `scoresde solvers`, with options as in "dpmpp(order=3)", or a .json file from
+            Tableau.to_json.
         steps: steps of the grid.
         grid: spacing of the grid (default: that of the process).
         end: last time of the grid (default: that of the process; 0 ends with the denoised data).
@@ -162,11 +174,20 @@ def sample(
     condition = _condition(description, n, label, denoiser.device)
     spacing = GRIDS[grid] if grid is not None else table_grid
     result = draw(
-        denoiser, (n, *_shape(description, shape)), chosen, steps=steps, grid=spacing, end=end, seed=seed, condition=condition, progress=sys.stderr.isatty()
+        denoiser,
+        (n, *_shape(description, shape)),
+        chosen,
+        steps=steps,
+        grid=spacing,
+        end=end,
+        seed=seed,
+        condition=condition,
+        progress=sys.stderr.isatty(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     _write_samples(out, result.x)
-    print(f"{n} samples by {chosen}: {result.network_calls} network calls, {result.seconds:.1f} s, end t = {result.end:g}, written to {out}")
+    spent = f"{result.network_calls} network calls, {result.seconds:.1f} s, end t = {result.end:g}"
+    print(f"{n} samples by {chosen}: {spent}, written to {out}")
 
 
 def list_solvers() -> None:
@@ -178,7 +199,7 @@ def list_solvers() -> None:
 
 
 def parse_solver(text: str) -> tuple[Solver, Tensor | None]:
-    """The solver that `name`, `name(option=value, ...)` or `table.json` stands for, and the grid that a table brings along.
+    """The solver that `name`, `name(option=value, ...)` or `table.json` stands for, and a table's own grid.
 
     Values are Python literals; nothing is evaluated. Raises ValueError for anything else.
     """
@@ -188,7 +209,9 @@ def parse_solver(text: str) -> tuple[Solver, Tensor | None]:
     name, options = _call(text)
     makers = {made.partition("(")[0]: None for made in solvers.examples()}
     if name not in makers:
-        raise ValueError(f"expected a solver from {', '.join(sorted(makers))}; found {name!r}. See: scoresde solvers")
+        raise ValueError(
+            f"expected a solver from {', '.join(sorted(makers))}; found {name!r}. See: scoresde solvers"
+        )
     maker: Callable[..., Solver] = getattr(solvers, name)
     try:
         return maker(**options), None
@@ -198,7 +221,10 @@ def parse_solver(text: str) -> tuple[Solver, Tensor | None]:
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:
     """The parts of `name` or `name(key=literal, ...)`."""
-    wrong = ValueError(f'expected a solver as in "dpmpp" or "dpmpp(order=3)", options by name with plain values; found {text[:80]!r}')
+    wrong = ValueError(
+        'expected a solver as in "dpmpp" or "dpmpp(order=3)", options by name with plain values; '
+        f"found {text[:80]!r}"
+    )
     if len(text) > 200:
         raise wrong
     try:
@@ -218,15 +244,22 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _train(run: Run, path: Path, seconds: float | None, hint: str) -> None:
-    """Train until the run's steps or `seconds` are over, with a bar, and save: also on Ctrl-C, which `hint` then explains."""
+    """Train until the run's steps or `seconds` are over, with a bar; save, also on Ctrl-C, which gives the hint."""
     from tqdm.auto import tqdm
 
     steps, metadata = run.settings.steps, {"data": "digits", "shape": list(digits.SHAPE)}
     path.parent.mkdir(parents=True, exist_ok=True)
     shown = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}" if seconds else None
-    with _interrupt_says(f"Saved after step {{}} to {path}. {hint}", run), tqdm(
-        total=seconds or steps, desc="training", bar_format=shown, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True
-    ) as bar:
+    with (
+        _interrupt_says(f"Saved after step {{}} to {path}. {hint}", run),
+        tqdm(
+            total=seconds or steps,
+            desc="training",
+            bar_format=shown,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
         try:
             while run.step < steps and run.seconds < (seconds or float("inf")):
                 progress = next(run)
@@ -268,8 +301,9 @@ def _write_report(out: Path, report: Mapping[str, Any], rows: Sequence[digits.Ro
     training, machine = report["training"], report["machine"]
     text = f"""# Handwritten digits
 
-A class-conditional U-Net of {training["parameters"]} parameters, trained for {training["steps"]} steps in {training["seconds"]:.0f} s on
-{machine["device"]} ({machine["threads"]} threads) on {report["digits"]["train"]} real digits, and sampled from the same seed by four solvers.
+A class-conditional U-Net of {training["parameters"]} parameters, trained for {training["steps"]} steps in
+{training["seconds"]:.0f} s on {machine["device"]} ({machine["threads"]} threads) on {report["digits"]["train"]}
+real digits, and sampled from the same seed by four solvers.
 
 {digits.table(rows)}
 
@@ -279,7 +313,7 @@ A class-conditional U-Net of {training["parameters"]} parameters, trained for {t
 
 ![samples](samples.png)
 
-One network, one seed: the two solvers of the probability-flow ODE in the last rows should draw the same digits.
+One network, one seed: the last two solvers follow the same probability-flow ODE and draw the same digits.
 
 ![trajectory](trajectory.png)
 """
@@ -294,9 +328,14 @@ def _write_samples(out: Path, x: Tensor) -> None:
         np.save(out, x.cpu().numpy())
         return
     if x.ndim != 4:
-        raise ValueError(f"expected images (n, c, h, w) for a picture, found shape {tuple(x.shape)}; write an .npy file")
+        raise ValueError(
+            f"expected images (n, c, h, w) for a picture, found shape {tuple(x.shape)}; write an .npy file"
+        )
     columns = min(16, len(x))
-    plots.save(plots.image_rows({str(i): x[i : i + columns] for i in range(0, len(x), columns)}, columns=columns), out)
+    plots.save(
+        plots.image_rows({str(i): x[i : i + columns] for i in range(0, len(x), columns)}, columns=columns),
+        out,
+    )
 
 
 # ---- what there is
@@ -305,18 +344,30 @@ def _write_samples(out: Path, x: Tensor) -> None:
 def _shape(description: Mapping[str, Any], given: tuple[int, ...] | None) -> tuple[int, ...]:
     shape = given or description["metadata"].get("shape")
     if not shape:
-        raise ValueError("expected the shape of one sample, which this checkpoint does not say; give --shape, such as --shape 3 32 32")
+        raise ValueError(
+            "expected the shape of a sample, which this checkpoint does not say; give --shape, as in --shape 3 32 32"
+        )
     return tuple(shape)
 
 
-def _condition(description: Mapping[str, Any], n: int, label: int | None, device: torch.device) -> dict[str, Tensor]:
+def _condition(
+    description: Mapping[str, Any], n: int, label: int | None, device: torch.device
+) -> dict[str, Tensor]:
     classes = (description["network"]["config"] or {}).get("classes")
     if classes is None and label is None:
         return {}
     if classes is None or not (label is None or -1 <= label < classes):
-        expected = "no label, for a network without classes" if classes is None else f"a label from 0 to {classes - 1}, or -1 for none"
+        expected = (
+            "no label, for a network without classes"
+            if classes is None
+            else f"a label from 0 to {classes - 1}, or -1 for none"
+        )
         raise ValueError(f"expected {expected}; found {label}")
-    return {"label": torch.arange(n, device=device) % classes if label is None else torch.full((n,), label, device=device)}
+    return {
+        "label": torch.arange(n, device=device) % classes
+        if label is None
+        else torch.full((n,), label, device=device)
+    }
 
 
 def _device(name: str) -> torch.device:
@@ -326,18 +377,26 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"expected a device of this machine, such as cpu, cuda or auto; found {name!r} ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"expected a device of this machine, such as cpu, cuda or auto; found {name!r} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     return device
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
-    return {"device": named, "threads": torch.get_num_threads(), "torch": str(torch.__version__), "python": platform.python_version()}
+    return {
+        "device": named,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """As many threads as this process may use cores, unless OMP_NUM_THREADS says otherwise; images this small gain nothing beyond eight."""
+    """A thread for each core of this process, up to eight for images so small, unless OMP_NUM_THREADS is set."""
     before = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "OMP_NUM_THREADS" not in os.environ:

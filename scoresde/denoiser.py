@@ -98,7 +98,10 @@ def view(target: Prediction, source: Prediction, alpha: Tensor, sigma: Tensor) -
     """(a, b) with `target = a x + b source`, all of the form `p x_0 + q eps`, x being (alpha, sigma)."""
     (p, q), (p_new, q_new) = source.pq(alpha, sigma), target.pq(alpha, sigma)
     determinant = q * alpha - p * sigma
-    return (q * p_new - p * q_new) / determinant, (alpha * q_new - sigma * p_new) / determinant
+    a, b = (q * p_new - p * q_new) / determinant, (alpha * q_new - sigma * p_new) / determinant
+    # Proportional quantities need no x, not even where it would be needed to tell x_0 from eps.
+    proportional = q * p_new == p * q_new
+    return torch.where(proportional, 0, a), torch.where(proportional, (p * p_new + q * q_new) / (p * p + q * q), b)
 
 
 class Rows(NamedTuple):
@@ -129,7 +132,7 @@ class BaseDenoiser(nn.Module):
         tensor = _first_tensor(self)
         return torch.get_default_dtype() if tensor is None else tensor.dtype
 
-    def as_view(self, target: Prediction, x: Tensor, t: Time, **cond: Any) -> Tensor:
+    def as_view(self, target: Prediction, /, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """The view `target` of this denoiser at x, t."""
         t = wide(t)
         a, b = determined(*view(target, DATA, self.sde.alpha(t), self.sde.sigma(t)), t, target.name)
@@ -151,7 +154,7 @@ class BaseDenoiser(nn.Module):
         """E[eps - x_0 | x_t]."""
         return self.as_view(FLOW, x, t, **cond)
 
-    def rows(self, times: Tensor, x: Tensor) -> Rows:
+    def rows(self, times: Tensor, x: Tensor, /) -> Rows:
         """Prepare evaluation at the float64 host `times` (K,) for states like `x`.
 
         `evaluate(x, k)` is free of host-device traffic.
@@ -186,10 +189,10 @@ class Conditioned(BaseDenoiser):
     def forward(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         return self.model(x, t, **{**self.cond, **cond})
 
-    def as_view(self, target: Prediction, x: Tensor, t: Time, **cond: Any) -> Tensor:
+    def as_view(self, target: Prediction, /, x: Tensor, t: Time, **cond: Any) -> Tensor:
         return self.model.as_view(target, x, t, **{**self.cond, **cond})
 
-    def rows(self, times: Tensor, x: Tensor) -> Rows:
+    def rows(self, times: Tensor, x: Tensor, /) -> Rows:
         if isinstance(self.model, Denoiser):
             return self.model.rows(times, x, **self.cond)
         return super().rows(times, x)
@@ -231,7 +234,7 @@ class Denoiser(BaseDenoiser):
             raise ValueError("expected times of finite log-SNR, found alpha or sigma = 0; use time_input='t'")
         return label
 
-    def _call(self, x: Tensor, c_in: Tensor | float, label: Tensor, **cond: Any) -> Tensor:
+    def _call(self, x: Tensor, c_in: Tensor | float, label: Tensor, /, **cond: Any) -> Tensor:
         """F in the dtype of x, from a network of any dtype."""
         dtype = self.dtype
         time = label.to(torch.promote_types(dtype, torch.float32)).expand(len(x))
@@ -252,7 +255,7 @@ class Denoiser(BaseDenoiser):
         p, q = self.predicts.pq(self.sde.alpha(t), self.sde.sigma(t))
         return like(p, x0) * x0 + like(q, x0) * eps
 
-    def as_view(self, target: Prediction, x: Tensor, t: Time, **cond: Any) -> Tensor:
+    def as_view(self, target: Prediction, /, x: Tensor, t: Time, **cond: Any) -> Tensor:
         t = wide(t)
         pair = view(target, self.predicts, self.sde.alpha(t), self.sde.sigma(t))
         a, b = determined(*pair, t, f"{target.name} from predicted {self.predicts.name}")
@@ -261,7 +264,7 @@ class Denoiser(BaseDenoiser):
     def forward(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         return self.as_view(DATA, x, t, **cond)
 
-    def rows(self, times: Tensor, x: Tensor, **cond: Any) -> Rows:
+    def rows(self, times: Tensor, x: Tensor, /, **cond: Any) -> Rows:
         alpha, sigma = self.sde.alpha(times), self.sde.sigma(times)
         what = f"data from predicted {self.predicts.name}"
         a, b = determined(*view(DATA, self.predicts, alpha, sigma), times, what)

@@ -1,7 +1,7 @@
-"""The main job on real data: scikit-learn's 1797 handwritten digits of 8x8 pixels, a model of them, and how good its samples are.
+"""The main job on real data: scikit-learn's 1797 handwritten digits (8x8 pixels), a model, its samples.
 
-The digits are split in three by class: the model sees `train`, samples are compared with `held_out`, and the judge, a classifier, is made from `judge`. So what
-measures the samples has seen neither them nor what the model was trained on.
+The digits are in three parts: the model sees `train`, samples are compared with `held_out`, and the judge, a
+classifier, is made from `judge`: what measures the samples has seen nothing that the model has seen.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Digits(NamedTuple):
 
 
 def load() -> Digits:
-    """The digits that come inside scikit-learn, always split the same way, with the same share of every class in each part."""
+    """The digits inside scikit-learn, always in the same three parts, each with its share of every class."""
     sklearn = _sklearn()
     x, label = sklearn.datasets.load_digits(return_X_y=True)
     parts, rest = [], torch.arange(len(label))
@@ -62,15 +62,19 @@ def load() -> Digits:
 
 
 def denoiser(seed: int = 0) -> Denoiser:
-    """An untrained class-conditional U-Net under the linear VP-SDE, with the preconditioning of Karras et al. (2022, arXiv:2206.00364)."""
+    """An untrained class-conditional U-Net under the linear VP-SDE, preconditioned as in Karras et al. (2022,
+    arXiv:2206.00364).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = networks.UNet(1, base=24, multipliers=(1, 2, 2), blocks=1, dropout=0.1, classes=CLASSES, time_input="log_snr")
+        network = networks.UNet(
+            1, base=24, multipliers=(1, 2, 2), blocks=1, dropout=0.1, classes=CLASSES, time_input="log_snr"
+        )
     return Denoiser(network, VPSDE(), predicts=Karras(SIGMA_DATA), time_input="log_snr")
 
 
 def training(model: Denoiser, data: Labelled, *, steps: int, **options: Any) -> Run:
-    """`train.fit` with what suits the digits: noise levels around those where they take shape, weighted so that all targets count alike."""
+    """`train.fit` with noise levels around those where digits take shape, all network outputs weighted alike."""
     return fit(
         model,
         (data.x, data.label),
@@ -86,7 +90,7 @@ def labels(n: int, device: torch.device | str = "cpu") -> Int[Tensor, " n"]:
 
 
 class Judge:
-    """A classifier made from the `judge` part: logistic regression on radial basis functions around its images."""
+    """A classifier made from labelled images: logistic regression on radial basis functions around them."""
 
     def __init__(self, data: Labelled) -> None:
         sklearn = _sklearn()
@@ -109,9 +113,10 @@ class Quality:
     """How samples compare with `held_out`.
 
     accuracy         of the judge on the classes that were asked for
-    energy_distance  between the judge's log-probabilities of the samples and of the held-out digits; 0 if the laws agree
-    nearest          median distance to the nearest training digit, over that of the held-out digits; below 1 it is memorising
-    copies           share of the samples that are nearer to a training digit than 99 % of the held-out digits are
+    energy_distance  between the judge's log-probabilities of samples and of held-out digits; 0 if they agree
+    nearest          median distance to the nearest training digit, over that of held-out digits; well below 1
+                     if the training digits are memorised
+    copies           share of samples that are nearer to a training digit than 99 % of the held-out digits are
     """
 
     accuracy: float
@@ -129,7 +134,7 @@ class Examiner:
         self.distances = nearest_distance(data.held_out.x, data.train.x)
 
     def __call__(self, x: Float[Tensor, "n 1 8 8"], label: Int[Tensor, " n"]) -> Quality:
-        """The quality of samples x of the classes `label`; pixels are clipped to [-1, 1] first, as in any picture."""
+        """The quality of samples x of the classes `label`, with pixels clipped to [-1, 1], as in a picture."""
         x = x.detach().float().cpu().clamp(-1, 1)
         nearest = nearest_distance(x, self.data.train.x)
         return Quality(
@@ -154,7 +159,7 @@ class Examiner:
 
 
 def gaussian(data: Labelled, n: int, seed: int = 0) -> Float[Tensor, "n 1 8 8"]:
-    """Draws of the Gaussian with the images' mean and full covariance: what is known without knowing any shape, or class."""
+    """Draws of the Gaussian with the images' mean and full covariance. It knows no shapes, and no classes."""
     x = data.x.flatten(1).double()
     generator = torch.Generator().manual_seed(seed)
     return Gaussian(x.mean(0), x.mT.cov()).sample(n, generator=generator).float().view(n, *SHAPE)
@@ -174,7 +179,7 @@ class Sampler:
     end: float
 
 
-# Euler-Maruyama stops before t = 0: its last step would add noise to the data. What noise is left at 1e-3 no eye sees.
+# Euler-Maruyama stops before t = 0, since its last step adds noise: at 1e-3 a standard deviation of 0.01.
 SAMPLERS = (
     Sampler("DDPM", solvers.ddpm(), 1000, grids.uniform, 0.0),
     Sampler("Euler-Maruyama", solvers.euler_maruyama(), 250, grids.uniform, 1e-3),
@@ -203,8 +208,13 @@ class Row:
         return {"name": self.name, "calls": self.calls, "seconds": self.seconds, **asdict(self.quality)}
 
 
-def compare(model: Denoiser, data: Digits, n: int, seed: int = 0, *, progress: bool = False) -> tuple[list[Row], list[Step]]:
-    """n samples from each of SAMPLERS, from the same seed, and beside them real digits and a Gaussian; and eleven steps of the first one's way, for three of its samples."""
+def compare(
+    model: Denoiser, data: Digits, n: int, seed: int = 0, *, progress: bool = False
+) -> tuple[list[Row], list[Step]]:
+    """n samples from each of SAMPLERS, from the same seed, beside real digits and a Gaussian.
+
+    And how the first one got there: eleven steps and the end, for three of its samples.
+    """
     examiner, label = Examiner(data), labels(n)
     real = data.held_out.x[_one_of_each(data.held_out.label, label)]
     normal = gaussian(data.train, n, seed)
@@ -223,8 +233,13 @@ def compare(model: Denoiser, data: Digits, n: int, seed: int = 0, *, progress: b
             callback=None if frames else partial(_frame, sampler.steps),
             progress=progress,
         )
-        frames = frames or [*drawn.path, Step(sampler.steps, drawn.end, drawn.x[_SHOWN].cpu(), drawn.x[_SHOWN].cpu())]
-        rows.append(Row(sampler.name, drawn.network_calls, drawn.seconds, examiner(drawn.x, label), drawn.x.cpu()))
+        frames = frames or [
+            *drawn.path,
+            Step(sampler.steps, drawn.end, drawn.x[_SHOWN].cpu(), drawn.x[_SHOWN].cpu()),
+        ]
+        rows.append(
+            Row(sampler.name, drawn.network_calls, drawn.seconds, examiner(drawn.x, label), drawn.x.cpu())
+        )
     return rows, frames
 
 
@@ -246,21 +261,39 @@ def _one_of_each(found: Tensor, wanted: Tensor) -> Tensor:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a table in Markdown."""
-    lines = [("solver", "network calls", "seconds", "judge accuracy", "energy distance", "nearest ratio", "copies")]
+    lines = [
+        ("solver", "network calls", "seconds", "judge accuracy", "energy distance", "nearest ratio", "copies")
+    ]
     for row in rows:
         q, calls = row.quality, str(row.calls) if row.calls else "-"
         seconds = f"{row.seconds:.1f}" if row.calls else "-"
-        lines.append((row.name, calls, seconds, f"{q.accuracy:.3f}", f"{q.energy_distance:.3f}", f"{q.nearest:.2f}", f"{q.copies:.1%}"))
+        lines.append(
+            (
+                row.name,
+                calls,
+                seconds,
+                f"{q.accuracy:.3f}",
+                f"{q.energy_distance:.3f}",
+                f"{q.nearest:.2f}",
+                f"{q.copies:.1%}",
+            )
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     ruled = [lines[0], tuple("-" * width for width in widths), *lines[1:]]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in ruled)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in ruled
+    )
 
 
-LEGEND = """Judge accuracy: share of samples that a classifier which saw neither them nor the training digits takes for the class asked for.
-Energy distance: between the judge's log-probabilities of the samples and of held-out digits; two halves of the held-out digits give the first row.
-Nearest ratio: median distance to the nearest training digit, over that of held-out digits; below 1 is memorising.
-Copies: share of samples that are nearer to a training digit than 99 % of the held-out digits are.
-Gaussian: the one with the mean and full covariance of the training digits; it has no classes."""
+LEGEND = """- Judge accuracy: share of samples taken for the class asked for, by a classifier that saw neither them nor
+  the training digits.
+- Energy distance: between the judge's log-probabilities of the samples and of held-out digits, unbiased, so
+  that it can be negative. Real digits: one half of the held-out digits against the other.
+- Nearest ratio: median distance to the nearest training digit, over that of held-out digits; well below 1 if
+  the training digits are memorised.
+- Copies: share of samples that are nearer to a training digit than 99 % of the held-out digits are.
+- Gaussian: with the mean and full covariance of the training digits; it has no classes."""
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -270,10 +303,11 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def _judgement(row: Row, unit: float) -> str:
-    q = row.quality
+    q, energy = row.quality, row.quality.energy_distance / unit
     checks = {
         f"accuracy {q.accuracy:.3f} >= {TARGETS['accuracy']}": q.accuracy >= TARGETS["accuracy"],
-        f"energy distance {q.energy_distance / unit:.3f} <= {TARGETS['energy_distance']} of the Gaussian's": q.energy_distance <= TARGETS["energy_distance"] * unit,
+        f"energy distance {energy:.3f} <= {TARGETS['energy_distance']} of the Gaussian's": q.energy_distance
+        <= TARGETS["energy_distance"] * unit,
         f"nearest ratio {q.nearest:.2f} >= {TARGETS['nearest']}": q.nearest >= TARGETS["nearest"],
         f"copies {q.copies:.1%} <= {TARGETS['copies']:.0%}": q.copies <= TARGETS["copies"],
     }
@@ -294,5 +328,7 @@ def _sklearn() -> Any:
         import sklearn.model_selection
         import sklearn.pipeline
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn, which is missing: pip install 'scoresde[examples]'") from error
+        raise ImportError(
+            "the digits come with scikit-learn, which is missing: pip install 'scoresde[examples]'"
+        ) from error
     return sklearn

@@ -1,7 +1,8 @@
 """Time grids: N steps are N + 1 strictly decreasing nodes from `t_max` to `end`.
 
-Every function here has the form `(sde, steps, end=None, **options) -> Grid`; `end=None` is `sde.default_end`. Where half-log-SNR `lam` is infinite (no noise at
-the end, or no signal at the start) a grid that is spaced in `lam` puts that node alone and spaces the others from the nearest regular one.
+Every function here has the form `(sde, steps, end=None, **options) -> Grid`; `end=None` is `sde.default_end`.
+Where half-log-SNR `lam` is infinite (no noise at the end, or no signal at the start) a grid that is spaced in
+`lam` puts that node alone and spaces the others from the nearest regular one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .sde import VPSDE, LinearSDE
 
 @dataclass(frozen=True)
 class Grid:
-    """Nodes of a solver, each with its time `t`, half-log-SNR `lam = log(alpha/sigma)` and the label `t N - 1` (or t) of a network that counts.
+    """Nodes of a solver, each with its time `t`, half-log-SNR `lam = log(alpha/sigma)` and the label `t N -
+    1` (or t) of a network that counts.
 
     All three are float64 on the CPU, of shape (steps + 1,), strictly monotone.
     """
@@ -31,23 +33,34 @@ class Grid:
     @classmethod
     @torch.no_grad()
     def of(cls, sde: LinearSDE, t: Tensor | Grid) -> Grid:
-        """The validated grid on the times `t` (N + 1,). Raises ValueError if they do not strictly decrease within the SDE's range, or if a Grid is another SDE's."""
+        """The validated grid on the times `t` (N + 1,). Raises ValueError if they do not strictly decrease
+        within the SDE's range, or if a Grid is another SDE's."""
         if isinstance(t, Grid):
             if not torch.equal(t.lam, 0.5 * sde.log_snr(t.t)):
-                raise ValueError(f"expected a grid made for {sde}, found one whose log-SNR is not that of its times there: {t}; make it anew, or pass its times")
+                raise ValueError(
+                    f"expected a grid made for {sde}, found one whose log-SNR is not that of its times "
+                    f"there: {t}; make it anew, or pass its times"
+                )
             return t
         t = torch.as_tensor(t).detach().double().cpu()
         if t.ndim != 1 or len(t) < 2:
-            raise ValueError(f"expected a one-dimensional grid of at least two times, found shape {tuple(t.shape)}")
+            raise ValueError(
+                f"expected a one-dimensional grid of at least two times, found shape {tuple(t.shape)}"
+            )
         if not bool((t.diff() < 0).all()):
-            raise ValueError(f"expected strictly decreasing times from t_max={sde.t_max} to the end, found {_shown(t)}")
+            raise ValueError(
+                f"expected strictly decreasing times from t_max={sde.t_max} to the end, found {_shown(t)}"
+            )
         noiseless = float(sde.sigma(t[-1])) == 0
         lowest = t[-2] if noiseless else t[-1]
         if not (float(lowest) >= sde.t_min * (1 - 1e-12) and float(t[0]) <= sde.t_max * (1 + 1e-12)):
             raise ValueError(f"expected times in [{sde.t_min}, {sde.t_max}] for {sde}, found {_shown(t)}")
         lam = 0.5 * sde.log_snr(t)
         if not bool((lam.diff() > 0).all()):
-            raise ValueError(f"expected times that float64 tells apart in log-SNR, found lam = {_shown(lam)}: take fewer steps or a later end")
+            raise ValueError(
+                f"expected times that float64 tells apart in log-SNR, found lam = {_shown(lam)}: take fewer "
+                "steps or a later end"
+            )
         schedule = getattr(sde, "schedule", None)
         label = t * schedule.steps - 1 if isinstance(schedule, Tabulated) else t.clone()
         return cls(t, lam, label)
@@ -85,11 +98,25 @@ def _fractions(steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def _in_time(sde: LinearSDE, steps: int, end: float | None, shape: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> Grid:
+def _in_time(
+    sde: LinearSDE,
+    steps: int,
+    end: float | None,
+    shape: Callable[[Tensor], Tensor],
+    inverse: Callable[[Tensor], Tensor],
+) -> Grid:
     """Nodes equidistant in `shape(t)`; a noiseless end below t_min is set apart."""
     start, last = _range(sde, steps, end)
     if last < sde.t_min and steps > 1:
-        return Grid.of(sde, torch.cat([_in_time(sde, steps - 1, sde.t_min, shape, inverse).t, torch.tensor([last], dtype=torch.float64)]))
+        return Grid.of(
+            sde,
+            torch.cat(
+                [
+                    _in_time(sde, steps - 1, sde.t_min, shape, inverse).t,
+                    torch.tensor([last], dtype=torch.float64),
+                ]
+            ),
+        )
     ends = shape(torch.tensor([start, last], dtype=torch.float64))
     t = inverse(ends[0] + _fractions(steps) * (ends[1] - ends[0]))
     t[0], t[-1] = start, last
@@ -97,7 +124,13 @@ def _in_time(sde: LinearSDE, steps: int, end: float | None, shape: Callable[[Ten
 
 
 @torch.no_grad()
-def _in_lam(sde: LinearSDE, steps: int, end: float | None, shape: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> Grid:
+def _in_lam(
+    sde: LinearSDE,
+    steps: int,
+    end: float | None,
+    shape: Callable[[Tensor], Tensor],
+    inverse: Callable[[Tensor], Tensor],
+) -> Grid:
     """Nodes equidistant in `shape(lam)`, with nodes of infinite lam set apart."""
     start, last = _range(sde, steps, end)
     head = [start] if float(sde.log_snr(start)) == -math.inf else []
@@ -141,8 +174,9 @@ def karras(sde: LinearSDE, steps: int, end: float | None = None, *, rho: float =
 def ddpm(sde: LinearSDE, steps: int, end: float | None = None, *, spacing: str = "trailing") -> Grid:
     """Nodes i/N of a DDPM chain (of a tabulated VP-SDE), `steps` of them and then `end` (None: 0, the data).
 
-    spacing, as the labels 0..N-1 of public code (i = label + 1): "trailing" N, N - N/steps, ...; "leading" labels 0, N//steps, 2 (N//steps), ...;
-    "linspace" labels from N - 1 down to 0. (Lin et al. 2023, arXiv:2305.08891, table 2.)
+    spacing, as the labels 0..N-1 of public code (i = label + 1): "trailing" N, N - N/steps, ...; "leading"
+    labels 0, N//steps, 2 (N//steps), ...; "linspace" labels from N - 1 down to 0. (Lin et al. 2023,
+    arXiv:2305.08891, table 2.)
     """
     if not (isinstance(sde, VPSDE) and isinstance(sde.schedule, Tabulated)):
         raise TypeError(f"expected a VP-SDE made by VPSDE.from_betas, found {sde}; use another grid")
@@ -158,4 +192,9 @@ def ddpm(sde: LinearSDE, steps: int, end: float | None = None, *, spacing: str =
     }
     if spacing not in spacings:
         raise ValueError(f"expected spacing to be one of {sorted(spacings)}, found {spacing!r}")
-    return Grid.of(sde, torch.cat([spacings[spacing]() / n, torch.tensor([0.0 if end is None else float(end)], dtype=torch.float64)]))
+    return Grid.of(
+        sde,
+        torch.cat(
+            [spacings[spacing]() / n, torch.tensor([0.0 if end is None else float(end)], dtype=torch.float64)]
+        ),
+    )

@@ -11,13 +11,13 @@ _BLOCK = 2**22
 
 
 def energy_distance(x: Float[Tensor, "n ..."], y: Float[Tensor, "m ..."]) -> float:
-    """Unbiased estimate of `2 E|X - Y| - E|X - X'| - E|Y - Y'|`, the squared energy distance of two laws, from samples.
+    """Unbiased estimate of the energy distance `2 E|X - Y| - E|X - X'| - E|Y - Y'|` of two laws.
 
-    Pairs of a sample with itself are left out (a U-statistic), so the expectation is exactly 0 for two sets from one law, and a value may be
-    negative. In units of the distance |.|, Euclidean over everything after the first axis; computed in float64, in blocks.
+    Pairs of a sample with itself are left out (a U-statistic): the expectation is exactly 0 for two sets from
+    one law, and a value may be negative. |.| is Euclidean over everything after the first axis, in float64.
 
-    Raises ValueError for fewer than two samples, other shapes, or values that are not finite. Szekely and Rizzo 2013
-    (doi 10.1016/j.jspi.2013.03.018), eq. 2.1; the U-statistic is that of Gretton et al. 2012 (JMLR 13:723), lemma 6.
+    Raises ValueError for fewer than two samples, other shapes, or values that are not finite. Szekely, Rizzo
+    2013 (doi 10.1016/j.jspi.2013.03.018); the U-statistic as in Gretton et al. 2012 (JMLR 13:723), lemma 6.
     """
     a, b = _flat(x, y)
     if min(len(a), len(b)) < 2:
@@ -27,9 +27,7 @@ def energy_distance(x: Float[Tensor, "n ..."], y: Float[Tensor, "m ..."]) -> flo
     return float(2 * across - within)
 
 
-def nearest_distance(
-    x: Float[Tensor, "n ..."], reference: Float[Tensor, "m ..."]
-) -> Float[Tensor, " n"]:
+def nearest_distance(x: Float[Tensor, "n ..."], reference: Float[Tensor, "m ..."]) -> Float[Tensor, " n"]:
     """`min_j |x_i - reference_j|`, Euclidean over everything after the first axis; float64.
 
     Raises ValueError for an empty reference, other shapes, or values that are not finite.
@@ -43,7 +41,9 @@ def nearest_distance(
 
 def _flat(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim < 1 or x.shape[1:] != y.shape[1:]:
-        raise ValueError(f"expected samples of one shape after the first axis, found {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            f"expected samples of one shape after the first axis, found {tuple(x.shape)} and {tuple(y.shape)}"
+        )
     a, b = (z.detach().double().flatten(1) if z.ndim > 1 else z.detach().double()[:, None] for z in (x, y))
     if not bool(a.isfinite().all() & b.isfinite().all()):
         raise ValueError("expected finite samples, found NaN or infinity")

@@ -1,4 +1,4 @@
-"""Pictures: rows of images, and how samples take shape. matplotlib is imported where it is used, and no window is opened."""
+"""Pictures: rows of images, and how samples take shape. No window is opened."""
 
 from __future__ import annotations
 
@@ -23,17 +23,22 @@ def image_rows(
     title: str = "",
     scale: float = 0.42,
 ) -> Figure:
-    """A row of images for each entry of `rows`, with its name to the left; the first `columns` of each, grey (c = 1) or in colour (c = 3).
+    """A row of images for each entry of `rows`, its name to the left; the first `columns`, of 1 or 3 channels.
 
-    Pixels in [-1, 1], clipped; nothing else is done to them. heads: words above the columns. scale: inches for one image.
+    Pixels in [-1, 1], clipped, not rescaled. heads: words above the columns. scale: inches an image.
     Raises ValueError for no rows or other numbers of channels, ImportError without matplotlib.
     """
     if not rows:
         raise ValueError("expected at least one row of images, found none")
     width = min(columns, max(len(x) for x in rows.values()))
-    figure = _figure(width * scale + 1.9, len(rows) * scale + (0.45 if title else 0.1) + (0.2 if heads else 0.0))
+    figure = _figure(
+        width * scale + 1.9, len(rows) * scale + (0.45 if title else 0.1) + (0.2 if heads else 0.0)
+    )
     axes = figure.subplots(
-        len(rows), width, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 1.8 / figure.get_figwidth()}
+        len(rows),
+        width,
+        squeeze=False,
+        gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 1.8 / figure.get_figwidth()},
     )
     _margins(figure, bottom=0.05, top=(0.4 if title else 0.05) + (0.2 if heads else 0.0), right=0.1)
     for line, (name, x) in zip(axes, rows.items(), strict=True):
@@ -54,17 +59,23 @@ def trajectory(
     title: str = "",
     scale: float = 0.62,
 ) -> Figure:
-    """How n samples take shape: for each a row of states `x_t` above a row of what the network sees in them, `E[x_0 | x_t]`; time from left to right.
+    """How n samples take shape: for each a row of states `x_t` above one of `E[x_0 | x_t]`, at k times.
 
     Pixels in [-1, 1], clipped. Raises ValueError for shapes that do not fit, ImportError without matplotlib.
     """
     if not len(times) == len(states) == len(denoised) or states.shape != denoised.shape:
         raise ValueError(
-            f"expected as many states and denoised images as the {len(times)} times, found shapes {tuple(states.shape)} and {tuple(denoised.shape)}"
+            f"expected as many states and denoised images as the {len(times)} times, "
+            f"found shapes {tuple(states.shape)} and {tuple(denoised.shape)}"
         )
     k, n = states.shape[:2]
     figure = _figure(k * scale + 1.0, 2 * n * scale + 0.75)
-    axes = figure.subplots(2 * n, k, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 0.95 / figure.get_figwidth()})
+    axes = figure.subplots(
+        2 * n,
+        k,
+        squeeze=False,
+        gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 0.95 / figure.get_figwidth()},
+    )
     _margins(figure, bottom=0.05, top=0.65, right=0.05)
     for i in range(n):
         for j in range(k):
@@ -95,7 +106,9 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib, which is missing: pip install 'scoresde[plots]'") from error
+        raise ImportError(
+            "pictures need matplotlib, which is missing: pip install 'scoresde[plots]'"
+        ) from error
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
@@ -109,7 +122,9 @@ def _margins(figure: Figure, *, bottom: float, top: float, right: float) -> None
 
 def _title(figure: Figure, title: str) -> None:
     if title:
-        figure.text(0.012, 1 - 0.1 / figure.get_figheight(), title, ha="left", va="top", fontsize=10, weight="bold")
+        figure.text(
+            0.012, 1 - 0.1 / figure.get_figheight(), title, ha="left", va="top", fontsize=10, weight="bold"
+        )
 
 
 def _show(ax: Any, image: Tensor | None) -> None:

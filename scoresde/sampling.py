@@ -38,21 +38,26 @@ def sample(
 ) -> Samples:
     """Draw samples of `shape` (B, ...) from the model with a solver.
 
-    steps, grid, end  the grid is `grid(sde, steps, end)` (default: `default_grid`), or is given as a Grid or a decreasing tensor of times; `end=None` is `sde.default_end`,
+    steps, grid, end  the grid is `grid(sde, steps, end)` (default: `default_grid`), or is given as a Grid or
+                      a decreasing tensor of times; `end=None` is `sde.default_end`,
                       and `end=0` finishes with the denoised data
-    seed, ids         sample i is a function of (seed, ids[i]) only, whatever the batch, its order, or the device; ids default to 0..B-1
+    seed, ids         sample i is a function of (seed, ids[i]) only, whatever the batch, its order, or the
+                      device; ids default to 0..B-1
     condition         passed on to the model as keywords
     callback          called with a `Step` before every row; what it returns is kept in `Samples.path`
     progress          a bar on the terminal, one tick a network call
     device, dtype     of the state; by default the model's, at least float32
 
-    Raises ValueError or TypeError for arguments that do not fit, before the first network call, and FloatingPointError naming call and time if the network returns NaN or Inf.
+    Raises ValueError or TypeError for arguments that do not fit, before the first network call, and
+    FloatingPointError naming call and time if the network returns NaN or Inf.
     """
     shape = _checked_shape(shape)
     device = torch.device(model.device if device is None else device)
     dtype = torch.promote_types(model.dtype, torch.float32) if dtype is None else dtype
     if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"expected a state in float32 or float64, found {dtype}; the network may have any dtype")
+        raise TypeError(
+            f"expected a state in float32 or float64, found {dtype}; the network may have any dtype"
+        )
     times = make_grid(model.sde, grid, steps, end)
     noise = Noise.of(seed, ids, batch=shape[0], device=device, dtype=dtype)
     x = noise.prior(shape) * model.sde.prior_std
@@ -73,7 +78,8 @@ def encode(
     condition: Mapping[str, Any] | None = None,
     callback: Callback | None = None,
 ) -> Samples:
-    """The latent of data `x` (B, ...): the probability-flow ODE from `end` (where x is taken to be) to t_max with a deterministic solver on the same grid as `sample`, reversed."""
+    """The latent of data `x` (B, ...): the probability-flow ODE from `end` (where x is taken to be) to t_max
+    with a deterministic solver on the same grid as `sample`, reversed."""
     times = make_grid(model.sde, grid, steps, end).reversed()
     return solver.solve(model.given(**(condition or {})), x, times, callback=callback)
 
@@ -89,19 +95,27 @@ def decode(
     condition: Mapping[str, Any] | None = None,
     callback: Callback | None = None,
 ) -> Samples:
-    """Data from a latent at t_max (B, ...): `sample` without the drawing. What `encode` returned may be passed whole; a reversible solver then undoes it exactly."""
+    """Data from a latent at t_max (B, ...): `sample` without the drawing. What `encode` returned may be
+    passed whole; a reversible solver then undoes it exactly."""
     start: Any = latent
     if isinstance(latent, Samples):
         start = latent.x if latent.companion is None else (latent.x, latent.companion)
-    return solver.solve(model.given(**(condition or {})), start, make_grid(model.sde, grid, steps, end), callback=callback)
+    return solver.solve(
+        model.given(**(condition or {})), start, make_grid(model.sde, grid, steps, end), callback=callback
+    )
 
 
-def make_grid(sde: LinearSDE, grid: GridFunction | Grid | Tensor | None, steps: int, end: float | None) -> Grid:
+def make_grid(
+    sde: LinearSDE, grid: GridFunction | Grid | Tensor | None, steps: int, end: float | None
+) -> Grid:
     """The grid that `sample` uses."""
     if isinstance(grid, Grid | Tensor):
         given = Grid.of(sde, grid)
         if end is not None and float(given.t[-1]) != float(end):
-            raise ValueError(f"expected a grid that ends at end={end}, found one that ends at {given.t[-1].item()}; give one of the two")
+            raise ValueError(
+                f"expected a grid that ends at end={end}, found one that ends at {given.t[-1].item()}; give "
+                "one of the two"
+            )
         return given
     return (default_grid if grid is None else grid)(sde, steps, end)
 
@@ -114,7 +128,10 @@ def default_grid(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     sizes = tuple(shape)
     if len(sizes) < 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in sizes):
-        raise ValueError(f"expected a shape (batch, ...) of whole numbers with at least one axis after the batch, found {shape}")
+        raise ValueError(
+            "expected a shape (batch, ...) of whole numbers with at least one axis after the batch, found "
+            f"{shape}"
+        )
     return sizes
 
 

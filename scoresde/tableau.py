@@ -3,8 +3,9 @@
     m_k = skip_k x + out_k D(x, t_k)
     x  <- keep_k x + sum_j mix_kj m_{k-j} + noise_k eps_k            from t_k to t_{k+1}
 
-The coefficients are float64 on the host. `run` executes any table on any device; the same executor applied to unit vectors gives the table's canonical form, and
-applied to the affine denoiser of Gaussian data the exact law of its output.
+The coefficients are float64 on the host. `run` executes any table on any device; the same executor applied to
+unit vectors gives the table's canonical form, and applied to the affine denoiser of Gaussian data the exact
+law of its output.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ class Canonical(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tableau:
-    """Coefficients of a solver on a grid: `times` (K + 1,), `skip, out, keep, noise` (K,), `mix` (K, H); float64, CPU.
+    """Coefficients of a solver on a grid: `times` (K + 1,), `skip, out, keep, noise` (K,), `mix` (K, H);
+    float64, CPU.
 
-    Row k may use the outputs of rows k, k - 1, ..., k - H + 1. Raises ValueError for wrong shapes, non-finite numbers, or a row that reads outputs from before the first row.
+    Row k may use the outputs of rows k, k - 1, ..., k - H + 1. Raises ValueError for wrong shapes, non-finite
+    numbers, or a row that reads outputs from before the first row.
     """
 
     times: Tensor
@@ -68,12 +71,22 @@ class Tableau:
             object.__setattr__(self, key, value)
         rows = self.keep.numel()
         found = {key: tuple(getattr(self, key).shape) for key in FIELDS}
-        expected = {"times": (rows + 1,), "skip": (rows,), "out": (rows,), "keep": (rows,), "mix": (rows, *self.mix.shape[1:]), "noise": (rows,)}
+        expected = {
+            "times": (rows + 1,),
+            "skip": (rows,),
+            "out": (rows,),
+            "keep": (rows,),
+            "mix": (rows, *self.mix.shape[1:]),
+            "noise": (rows,),
+        }
         if self.mix.numel() == 0 or self.mix.ndim != 2 or found != expected:
             raise ValueError(f"expected shapes {expected} with mix (K, H) and K, H >= 1, found {found}")
         before = torch.arange(self.mix.shape[1]) > torch.arange(rows)[:, None]
         if bool((self.mix[before] != 0).any()):
-            raise ValueError("expected rows that use outputs of this table only; found weights on outputs before its first row")
+            raise ValueError(
+                "expected rows that use outputs of this table only; found weights on outputs before its "
+                "first row"
+            )
 
     def __len__(self) -> int:
         """The number of network calls."""
@@ -90,46 +103,79 @@ class Tableau:
         for k in shown:
             numbers = [self.skip[k], self.out[k], self.keep[k], self.noise[k]]
             mix = " ".join(f"{w:.5g}" for w in self.mix[k].tolist())
-            lines.append(f"{k:4d} {self.times[k]:10.5g} -> {self.times[k + 1]:10.5g} " + " ".join(f"{float(n):10.5g}" for n in numbers) + f"  {mix}")
+            lines.append(
+                f"{k:4d} {self.times[k]:10.5g} -> {self.times[k + 1]:10.5g} "
+                + " ".join(f"{float(n):10.5g}" for n in numbers)
+                + f"  {mix}"
+            )
         return "\n".join([head, *lines])
 
     def to_json(self) -> str:
         """The table as JSON; floats survive exactly."""
-        return json.dumps({"format": "scoresde.tableau/1", "name": self.name, **{key: getattr(self, key).tolist() for key in FIELDS}})
+        return json.dumps(
+            {
+                "format": "scoresde.tableau/1",
+                "name": self.name,
+                **{key: getattr(self, key).tolist() for key in FIELDS},
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Tableau:
         """The table written by `to_json`. Raises ValueError for anything else."""
         data = json.loads(text)
-        if not isinstance(data, dict) or data.get("format") != "scoresde.tableau/1" or not set(FIELDS) <= set(data):
-            raise ValueError(f"expected JSON written by Tableau.to_json with fields {FIELDS}, found {str(text)[:80]!r}")
-        return cls(**{key: torch.tensor(data[key], dtype=torch.float64) for key in FIELDS}, name=str(data.get("name", "tableau")))
+        if (
+            not isinstance(data, dict)
+            or data.get("format") != "scoresde.tableau/1"
+            or not set(FIELDS) <= set(data)
+        ):
+            raise ValueError(
+                f"expected JSON written by Tableau.to_json with fields {FIELDS}, found {str(text)[:80]!r}"
+            )
+        return cls(
+            **{key: torch.tensor(data[key], dtype=torch.float64) for key in FIELDS},
+            name=str(data.get("name", "tableau")),
+        )
 
     def canonical(self) -> Canonical:
-        """Coefficients of every state over the initial state, the outputs D_k and the noises. Two solvers are the same iff these agree."""
+        """Coefficients of every state over the initial state, the outputs D_k and the noises. Two solvers are
+        the same iff these agree."""
         rows = len(self)
         unit = torch.eye(1 + 2 * rows, dtype=torch.float64)
         states = [unit[0]]
-        run(self, Rows(lambda x, k: unit[1 + k], [0.0] * rows, [1.0] * rows), unit[0], lambda k, shape: unit[1 + rows + k], after=states.append)
+        run(
+            self,
+            Rows(lambda x, k: unit[1 + k], [0.0] * rows, [1.0] * rows),
+            unit[0],
+            lambda k, shape: unit[1 + rows + k],
+            after=states.append,
+        )
         stacked = torch.stack(states)
         return Canonical(self.times, stacked[:, 0], stacked[:, 1 : 1 + rows], stacked[:, 1 + rows :])
 
     @torch.no_grad()
     def defect(self, sde: LinearSDE) -> Tensor:
-        """(K, 2): by how much each row misses the point-mass law. On data concentrated at 1 the state should keep mean alpha and standard deviation sigma.
+        """(K, 2): by how much each row misses the point-mass law. On data concentrated at 1 the state should
+        keep mean alpha and standard deviation sigma.
 
-        Column 0: `keep_k alpha_k + sum_j mix_kj (skip_{k-j} alpha_{k-j} + out_{k-j}) - alpha_{k+1}`. Column 1: variance of the state after row k, minus sigma_{k+1}^2.
+        Column 0: `keep_k alpha_k + sum_j mix_kj (skip_{k-j} alpha_{k-j} + out_{k-j}) - alpha_{k+1}`. Column
+        1: variance of the state after row k, minus sigma_{k+1}^2.
         """
         alpha, sigma = sde.alpha(self.times), sde.sigma(self.times)
         output = self.skip * alpha[:-1] + self.out
-        history = torch.nn.functional.pad(output, (self.mix.shape[1] - 1, 0)).unfold(0, self.mix.shape[1], 1).flip(1)
+        history = (
+            torch.nn.functional.pad(output, (self.mix.shape[1] - 1, 0))
+            .unfold(0, self.mix.shape[1], 1)
+            .flip(1)
+        )
         mean = self.keep * alpha[:-1] + (self.mix * history).sum(1) - alpha[1:]
         form = self.canonical()
         variance = (form.a * sigma[0]) ** 2 + form.C.square().sum(1) - sigma**2
         return torch.stack([mean, variance[1:]], 1)
 
     def law(self, gaussian: Gaussian, sde: LinearSDE, prior: Gaussian | None = None) -> Gaussian:
-        """The exact law of the output on Gaussian data with the exact denoiser, started from the sde's prior or from `prior`."""
+        """The exact law of the output on Gaussian data with the exact denoiser, started from the sde's prior
+        or from `prior`."""
         return output_law(self, gaussian, sde, prior)
 
 
@@ -137,10 +183,15 @@ def join(tables: Sequence[Tableau]) -> Tableau:
     """The tables one after the other, each starting where the one before ends."""
     for before, after in pairwise(tables):
         if not bool(torch.isclose(before.times[-1], after.times[0], rtol=1e-12, atol=0)):
-            raise ValueError(f"expected each table to start where the one before ends, found {before.times[-1].item()} and {after.times[0].item()}")
+            raise ValueError(
+                f"expected each table to start where the one before ends, found {before.times[-1].item()} "
+                f"and {after.times[0].item()}"
+            )
     width = max(table.mix.shape[1] for table in tables)
     mix = torch.cat([torch.nn.functional.pad(table.mix, (0, width - table.mix.shape[1])) for table in tables])
-    joined = {key: torch.cat([getattr(table, key) for table in tables]) for key in ("skip", "out", "keep", "noise")}
+    joined = {
+        key: torch.cat([getattr(table, key) for table in tables]) for key in ("skip", "out", "keep", "noise")
+    }
     times = torch.cat([*(table.times[:-1] for table in tables), tables[-1].times[-1:]])
     return Tableau(times, mix=mix, name=" + ".join(dict.fromkeys(table.name for table in tables)), **joined)
 
@@ -154,9 +205,11 @@ def run(
     before: Callable[[int, Tensor, Tensor], None] | None = None,
     after: Callable[[Tensor], Tensor | None] | None = None,
 ) -> Tensor:
-    """The executor. `rows` is a denoiser prepared for `table.times[:-1]`; `noise(k, shape)` is only asked for rows with noise.
+    """The executor. `rows` is a denoiser prepared for `table.times[:-1]`; `noise(k, shape)` is only asked for
+    rows with noise.
 
-    No host-device traffic, no branch on device values. `before(k, x, F)` sees each call's state and output, `after(x)` each new state; a state that it returns takes its place.
+    No host-device traffic, no branch on device values. `before(k, x, F)` sees each call's state and output,
+    `after(x)` each new state; a state that it returns takes its place.
     """
     if not x.is_floating_point():
         raise TypeError(f"expected a floating state, found {x.dtype}; scale integer images to floats first")
@@ -166,9 +219,11 @@ def run(
     reused = _reused(table.mix)
     memory: list[Tensor | None] = []  # m_{k-1}, m_{k-2}, ...
     for k in range(len(table)):
-        F = rows.evaluate(x, k)  # noqa: N806
+        F = rows.evaluate(x, k)
         if F.shape != x.shape:
-            raise ValueError(f"expected the model to return shape {tuple(x.shape)}, like its input; found {tuple(F.shape)}")
+            raise ValueError(
+                f"expected the model to return shape {tuple(x.shape)}, like its input; found {tuple(F.shape)}"
+            )
         if before is not None:
             before(k, x, F)
         now, *past = mix[k]
@@ -194,33 +249,42 @@ def run(
 def _reused(mix: Tensor) -> list[bool]:
     """Whether the output of each row is read by a later row."""
     rows, width = mix.shape
-    lags = [torch.nn.functional.pad(mix[j:, j] != 0, (0, min(j, rows))) for j in range(1, min(width, rows + 1))]
+    lags = [
+        torch.nn.functional.pad(mix[j:, j] != 0, (0, min(j, rows))) for j in range(1, min(width, rows + 1))
+    ]
     return torch.stack([*lags, torch.zeros(rows, dtype=torch.bool)]).any(0).tolist()
 
 
 @torch.no_grad()
 def output_law(table: Tableau, gaussian: Gaussian, sde: LinearSDE, prior: Gaussian | None = None) -> Gaussian:
-    """See `Tableau.law`. In the eigenbasis of the data every direction is a scalar recursion; the executor runs it on (constant, initial state, noises)."""
+    """See `Tableau.law`. In the eigenbasis of the data every direction is a scalar recursion; the executor
+    runs it on (constant, initial state, noises)."""
     basis, values = gaussian.eigen()
     mean = gaussian.mean.flatten()
     center = mean if basis is None else basis.T @ mean
     times, rows = table.times[:-1], len(table)
     alpha, sigma = sde.alpha(times), sde.sigma(times)
-    gain = alpha * values[:, None] / (alpha**2 * values[:, None] + sigma**2)  # D = center + gain (x - alpha center)
+    gain = (
+        alpha * values[:, None] / (alpha**2 * values[:, None] + sigma**2)
+    )  # D = center + gain (x - alpha center)
     unit = torch.eye(rows + 2, dtype=torch.float64)
 
     def exact(x: Tensor, k: int) -> Tensor:
         return gain[:, k, None] * x + (center * (1 - gain[:, k] * alpha[k]))[:, None] * unit[0]
 
     start = unit[1].expand(len(values), -1)
-    form = run(table, Rows(exact, [0.0] * rows, [1.0] * rows), start, lambda k, shape: unit[k + 2].expand(shape))
+    form = run(
+        table, Rows(exact, [0.0] * rows, [1.0] * rows), start, lambda k, shape: unit[k + 2].expand(shape)
+    )
     constant, slope, noise = form[:, 0], form[:, 1], form[:, 2:].square().sum(1)
 
     def back(v: Tensor) -> Tensor:
         return v if basis is None else basis @ v
 
     if prior is None:
-        return Gaussian.from_eigen(basis, back(constant).view_as(gaussian.mean), (slope * sde.prior_std) ** 2 + noise)
+        return Gaussian.from_eigen(
+            basis, back(constant).view_as(gaussian.mean), (slope * sde.prior_std) ** 2 + noise
+        )
     frame = torch.eye(len(values), dtype=torch.float64) if basis is None else basis
     through = frame * slope @ frame.T
     moved = back(constant) + through @ prior.mean.flatten()
@@ -228,9 +292,10 @@ def output_law(table: Tableau, gaussian: Gaussian, sde: LinearSDE, prior: Gaussi
 
 
 def finite_guard(table: Tableau) -> Callable[[int, Tensor], None]:
-    """Raises as soon as the network returns something that is not finite, naming call and time. Reads one number per row: for the CPU."""
+    """Raises as soon as the network returns something that is not finite, naming call and time. Reads one
+    number per row: for the CPU."""
 
-    def guard(k: int, F: Tensor) -> None:  # noqa: N803
+    def guard(k: int, F: Tensor) -> None:
         if not F.sum().isfinite() and not F.isfinite().all():  # the sum is cheap, and may overflow by itself
             raise not_finite(table, k)
 
@@ -240,6 +305,7 @@ def finite_guard(table: Tableau) -> Callable[[int, Tensor], None]:
 def not_finite(table: Tableau, k: int) -> FloatingPointError:
     """The error that names call, time and quantity."""
     return FloatingPointError(
-        f"{table.name}: the network returned NaN or Inf at call {k + 1} of {len(table)}, t = {table.times[k].item():.6g}; "
+        f"{table.name}: the network returned NaN or Inf at call {k + 1} of {len(table)}, t = "
+        f"{table.times[k].item():.6g}; "
         "check the model, its dtype and its inputs there"
     )

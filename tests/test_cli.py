@@ -122,11 +122,15 @@ def test_solvers_lists_all(capsys: pytest.CaptureFixture[str]):
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few steps from each solver."""
-    monkeypatch.setattr(digits, "SAMPLERS", tuple(replace(s, steps=min(s.steps, 20)) for s in digits.SAMPLERS))
+    monkeypatch.setattr(
+        digits, "SAMPLERS", tuple(replace(s, steps=min(s.steps, 20)) for s in digits.SAMPLERS)
+    )
 
 
 def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str], short: None, unchecked: None):
-    assert cli.main(["quickstart", "--seconds", "2", "--n", "24", "--out", str(tmp_path / "new" / "out")]) == 0
+    assert (
+        cli.main(["quickstart", "--seconds", "2", "--n", "24", "--out", str(tmp_path / "new" / "out")]) == 0
+    )
     out = tmp_path / "new" / "out"
     names = ["checkpoint.safetensors", "report.json", "report.md", "samples.png", "trajectory.png"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -135,7 +139,9 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str], short: N
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["real digits", "Gaussian", "DDPM", "Euler-Maruyama", "DDIM", "DPM-Solver++(2M)"]
     for row in rows.values():
-        numbers = [row[key] for key in ("calls", "seconds", "accuracy", "energy_distance", "nearest", "copies")]
+        numbers = [
+            row[key] for key in ("calls", "seconds", "accuracy", "energy_distance", "nearest", "copies")
+        ]
         assert all(math.isfinite(number) for number in numbers)
     assert [row["calls"] for row in rows.values()] == [0, 0, 20, 20, 20, 20]
     assert report["training"]["steps"] >= 1 and report["training"]["seconds"] >= 2
@@ -147,8 +153,10 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str], short: N
     assert checkpoint.describe(out / "checkpoint.safetensors")["metadata"]["shape"] == [1, 8, 8]
 
 
-def test_interrupt_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unchecked: None):
-    """Ctrl-C in the third step: that step is finished and saved, the message says how to go on, and going on goes on."""
+def test_interrupt_and_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unchecked: None
+):
+    """Ctrl-C in the third step: it is finished and saved; going on as the message says gives the same run."""
     step = Run._train_step
 
     def interrupted(run: Run) -> None:
@@ -160,7 +168,10 @@ def test_interrupt_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_train_step", interrupted)
         assert cli.main(["train", "--steps", "5", "--out", str(out)]) == 130
-    assert f"Saved after step 3 to {out}. Go on with: scoresde train --out {out} --resume" in capsys.readouterr().err
+    assert (
+        f"Saved after step 3 to {out}. Go on with: scoresde train --out {out} --resume"
+        in capsys.readouterr().err
+    )
     assert checkpoint.load(out) is not None
     assert cli.main(["train", "--steps", "5", "--out", str(out), "--resume"]) == 0
     assert checkpoint.describe(out)["training"]["step"] == 5
@@ -171,7 +182,9 @@ def test_interrupt_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(a.equal(b) for a, b in pairs)
 
 
-def test_interrupt_while_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unchecked: None):
+def test_interrupt_while_sampling(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unchecked: None
+):
     def stop(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
@@ -190,7 +203,12 @@ def test_sample_pictures_and_arrays(tmp_path: Path, capsys: pytest.CaptureFixtur
     x, y = np.load(array), np.load(again)
     assert x.shape == (4, 1, 8, 8) and np.isfinite(x).all()
     np.testing.assert_allclose(x[:2], y, atol=1e-4)
-    assert cli.main(["sample", str(CHECKPOINT), "--n", "20", "--label", "3", "--steps", "3", "--out", str(picture)]) == 0
+    assert (
+        cli.main(
+            ["sample", str(CHECKPOINT), "--n", "20", "--label", "3", "--steps", "3", "--out", str(picture)]
+        )
+        == 0
+    )
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -198,7 +216,9 @@ def test_the_label_is_the_class_that_is_drawn(tmp_path: Path, unchecked: None):
     judge = digits.Judge(digits.load().judge)
     for label in (0, 4):
         out = tmp_path / f"{label}.npy"
-        assert cli.main(["sample", str(CHECKPOINT), "--n", "10", "--label", str(label), "--out", str(out)]) == 0
+        assert (
+            cli.main(["sample", str(CHECKPOINT), "--n", "10", "--label", str(label), "--out", str(out)]) == 0
+        )
         assert judge.accuracy(torch.as_tensor(np.load(out)), torch.full((10,), label)) >= 0.7
 
 
@@ -212,7 +232,9 @@ def test_a_network_for_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert np.load(out).shape == (5, 3)
     picture = str(tmp_path / "x.png")
     assert "write an .npy file" in failing(capsys, "sample", str(path), "--shape", "3", "--out", picture)
-    assert "without classes" in failing(capsys, "sample", str(path), "--shape", "3", "--label", "1", "--out", str(out))
+    assert "without classes" in failing(
+        capsys, "sample", str(path), "--shape", "3", "--label", "1", "--out", str(out)
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,7 +254,13 @@ def test_a_network_for_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["train", "--steps", "0"], "steps"),
     ],
 )
-def test_one_clear_line(args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_one_clear_line(
+    args: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.chdir(tmp_path)
     assert message in failing(capsys, *args)
     assert not list(tmp_path.iterdir())

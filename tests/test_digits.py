@@ -54,7 +54,12 @@ def test_the_judge_knows_digits_it_has_not_seen(data: digits.Digits, examiner: d
 
 def test_real_digits_are_good_and_others_are_not(data: digits.Digits, examiner: digits.Examiner):
     floor = examiner.floor()
-    assert floor.accuracy >= 0.96 and abs(floor.energy_distance) < 0.05 and floor.nearest == 1 and floor.copies <= 0.011
+    assert (
+        floor.accuracy >= 0.96
+        and abs(floor.energy_distance) < 0.05
+        and floor.nearest == 1
+        and floor.copies <= 0.011
+    )
     copied = examiner(data.train.x[:256], data.train.label[:256])
     assert copied.nearest == 0 and copied.copies == 1 and abs(copied.energy_distance) < 0.1
     label = digits.labels(256)
@@ -63,7 +68,9 @@ def test_real_digits_are_good_and_others_are_not(data: digits.Digits, examiner: 
     noisy = examiner(data.held_out.x + 0.7 * torch.randn_like(data.held_out.x), data.held_out.label)
     assert noisy.energy_distance > 5 * abs(floor.energy_distance) and noisy.nearest > 1.5
     one_class = data.held_out.x[data.held_out.label == 3]
-    assert examiner(one_class, torch.full((len(one_class),), 3)).energy_distance > 1  # variety is seen to be missing
+    assert (
+        examiner(one_class, torch.full((len(one_class),), 3)).energy_distance > 1
+    )  # variety is seen to be missing
 
 
 def test_pixels_beyond_white_and_black_do_not_count(data: digits.Digits, examiner: digits.Examiner):
@@ -91,7 +98,9 @@ def test_the_model_is_a_function_of_the_seed_alone():
 def test_two_steps_of_training(data: digits.Digits):
     run = digits.training(digits.denoiser(), data.train, steps=2, batch_size=8, every=1)
     losses = [progress.loss for progress in run]
-    assert len(losses) == 2 and all(0.3 < loss < 3 for loss in losses)  # the preconditioned target has variance one
+    assert len(losses) == 2 and all(
+        0.3 < loss < 3 for loss in losses
+    )  # the preconditioned target has variance one
 
 
 QUALITY = Quality(accuracy=0.95, energy_distance=0.3, nearest=0.9, copies=0.02)
@@ -111,19 +120,24 @@ def test_verdict(change: dict[str, float], missed: str | None):
     x = torch.zeros(1, 1, 8, 8)
     gaussian = Row(GAUSSIAN, 0, 0.0, replace(QUALITY, energy_distance=4.0), x)
     other = Row("DDIM", 20, 1.0, replace(QUALITY, accuracy=0.0), x)
-    lines = digits.verdict([gaussian, other, Row("DDPM", 1000, 60.0, replace(QUALITY, **change), x)]).splitlines()
+    lines = digits.verdict(
+        [gaussian, other, Row("DDPM", 1000, 60.0, replace(QUALITY, **change), x)]
+    ).splitlines()
     assert len(lines) == 1 and lines[0].startswith("DDPM: ")
     assert (missed in lines[0]) if missed else ("MISSED" not in lines[0] and "good" in lines[0])
 
 
 def test_samplers_are_what_they_are_called():
-    calls = {s.name: len(s.solver.tableau(digits.denoiser().sde, s.grid(digits.denoiser().sde, s.steps, s.end))) for s in digits.SAMPLERS}
+    calls = {
+        s.name: len(s.solver.tableau(digits.denoiser().sde, s.grid(digits.denoiser().sde, s.steps, s.end)))
+        for s in digits.SAMPLERS
+    }
     assert calls == {"DDPM": 1000, "Euler-Maruyama": 250, "DDIM": 20, "DPM-Solver++(2M)": 20}
     assert set(digits.TARGETED) <= set(calls)
 
 
 def test_ddpm_is_the_chain_of_a_thousand_steps():
-    """The first sampler's table is Algorithm 2 for the betas of the SDE: noise of variance beta-tilde, steps of 1/1000."""
+    """The first sampler is Algorithm 2 for the betas of the SDE: noise of variance beta-tilde."""
     sde, sampler = digits.denoiser().sde, digits.SAMPLERS[0]
     table = sampler.solver.tableau(sde, sampler.grid(sde, sampler.steps, sampler.end))
     alpha_bar = torch.cumprod(1 - sde.betas(1000), 0)
@@ -142,9 +156,19 @@ def test_the_trained_network_is_small():
     assert checkpoint.describe(CHECKPOINT)["training"] is None
 
 
-def test_the_trained_network_draws_digits(trained: Denoiser, examiner: digits.Examiner, data: digits.Digits, unchecked: None):
+def test_the_trained_network_draws_digits(
+    trained: Denoiser, examiner: digits.Examiner, data: digits.Digits, unchecked: None
+):
     label = digits.labels(200)
-    drawn = sample(trained, (200, *digits.SHAPE), solvers.dpmpp(2), steps=20, grid=grids.quadratic, end=0, condition={"label": label})
+    drawn = sample(
+        trained,
+        (200, *digits.SHAPE),
+        solvers.dpmpp(2),
+        steps=20,
+        grid=grids.quadratic,
+        end=0,
+        condition={"label": label},
+    )
     quality = examiner(drawn.x, label)
     gaussian = examiner(digits.gaussian(data.train, 200), label)
     assert quality.accuracy >= 0.93

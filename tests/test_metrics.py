@@ -49,11 +49,13 @@ def test_energy_distance_of_point_masses():
 
 
 def test_energy_distance_of_normals(alpha_ledger):
-    """N(0, 1) and N(1, 1): 2 E|N(1, 2)| - 2 E|N(0, 2)|, the mean of 16 independent estimates by Student's t."""
+    """N(0, 1) and N(1, 1): 2 E|N(1, 2)| - 2 E|N(0, 2)|, by Student's t."""
     from scipy import stats
 
     def mean_abs(mu: float, s: float) -> float:
-        return s * math.sqrt(2 / math.pi) * math.exp(-(mu**2) / (2 * s**2)) + mu * math.erf(mu / (s * math.sqrt(2)))
+        return s * math.sqrt(2 / math.pi) * math.exp(-(mu**2) / (2 * s**2)) + mu * math.erf(
+            mu / (s * math.sqrt(2))
+        )
 
     exact = 2 * mean_abs(1, math.sqrt(2)) - 2 * mean_abs(0, math.sqrt(2))
     values = [energy_distance(normal(500, seed=2 * i), 1 + normal(400, seed=2 * i + 1)) for i in range(16)]

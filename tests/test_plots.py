@@ -63,7 +63,8 @@ def test_no_window_is_prepared(tmp_path: Path):
     """Nothing global: pyplot, its backends and its list of figures are not touched."""
     code = (
         "import sys, torch; from scoresde import plots; assert 'matplotlib' not in sys.modules;"
-        "plots.save(plots.image_rows({'a': torch.zeros(1, 1, 8, 8)}), sys.argv[1]); assert 'matplotlib.pyplot' not in sys.modules"
+        "plots.save(plots.image_rows({'a': torch.zeros(1, 1, 8, 8)}), sys.argv[1]);"
+        "assert 'matplotlib.pyplot' not in sys.modules"
     )
     root = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True, cwd=root)

@@ -70,7 +70,7 @@ def tables(low: float = 1e-8, high: float = 0.999, longest: int = 30) -> st.Sear
 
 
 def quietly(make: Callable) -> Callable:
-    """`make`, leaving random's state alone, as strategies must; run-time type checks of sequences draw from it."""
+    """`make`, leaving random's state alone, as strategies must; type checks of sequences draw from it."""
 
     def made(*arguments):
         state = random.getstate()

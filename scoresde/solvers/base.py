@@ -1,4 +1,5 @@
-"""What a solver is: an immutable, printable object with `.solve(model, x, times, *, noise, callback)` and `.steps_for(calls)`."""
+"""What a solver is: an immutable, printable object with `.solve(model, x, times, *, noise, callback)` and
+`.steps_for(calls)`."""
 
 from __future__ import annotations
 
@@ -51,8 +52,10 @@ class Card:
     """What is known of a solver. Declared properties are tested, undeclared ones are shown false.
 
     order, weak_order  of convergence on smooth problems; None where the notion does not apply
-    properties         of "marginal_exact" (keeps the law of a point mass), "clock_free" (depends on the grid through lam only), "scale_covariant" (commutes with x -> x/alpha)
-    final              what a last step to sigma = 0 does: "data" returns D, "extrapolate" keeps the order, "none" is not special
+    properties         of "marginal_exact" (keeps the law of a point mass), "clock_free" (depends on the grid
+                       through lam only), "scale_covariant" (commutes with x -> x/alpha)
+    final              what a last step to sigma = 0 does: "data" returns D, "extrapolate" keeps the order,
+                       "none" is not special
     """
 
     order: int | None
@@ -69,7 +72,15 @@ class Card:
 class Solver(Protocol):
     """Anything `sample` can hand over to."""
 
-    def solve(self, model: BaseDenoiser, x: Tensor, times: Grid | Tensor, *, noise: NoiseSource | None = None, callback: Callback | None = None) -> Samples: ...
+    def solve(
+        self,
+        model: BaseDenoiser,
+        x: Tensor,
+        times: Grid | Tensor,
+        *,
+        noise: NoiseSource | None = None,
+        callback: Callback | None = None,
+    ) -> Samples: ...
 
     def steps_for(self, calls: int) -> int: ...
 
@@ -88,16 +99,21 @@ class TableSolver:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.options)})"
 
     def tableau(self, sde: LinearSDE, times: Grid | Tensor) -> Tableau:
-        """The table for `sde` on a Grid or a decreasing tensor of times. Raises ValueError for a stochastic solver on a reversed grid."""
+        """The table for `sde` on a Grid or a decreasing tensor of times. Raises ValueError for a stochastic
+        solver on a reversed grid."""
         grid = Grid.of(sde, times)
         if self.card.stochastic and float(grid.t[0]) < float(grid.t[-1]):
-            raise ValueError(f"{self} is stochastic and cannot run from data to noise: encode with a deterministic solver")
+            raise ValueError(
+                f"{self} is stochastic and cannot run from data to noise: encode with a deterministic solver"
+            )
         return self.build(sde, grid)
 
     def steps_for(self, calls: int) -> int:
         """The largest number of grid steps that takes at most `calls` network calls."""
         if calls < self.calls(1):
-            raise ValueError(f"expected at least {self.calls(1)} calls, the cost of one step of {self}; found {calls}")
+            raise ValueError(
+                f"expected at least {self.calls(1)} calls, the cost of one step of {self}; found {calls}"
+            )
         steps = max(1, calls // max(self.card.calls_per_step, 1))
         while self.calls(steps + 1) <= calls:
             steps += 1
@@ -105,14 +121,30 @@ class TableSolver:
             steps -= 1
         return steps
 
-    def solve(self, model: BaseDenoiser, x: Tensor, times: Grid | Tensor, *, noise: NoiseSource | None = None, callback: Callback | None = None) -> Samples:
+    def solve(
+        self,
+        model: BaseDenoiser,
+        x: Tensor,
+        times: Grid | Tensor,
+        *,
+        noise: NoiseSource | None = None,
+        callback: Callback | None = None,
+    ) -> Samples:
         """Run from `x` (B, ...) at times[0] to times[-1]. `noise(k, shape)` gives the normals of row k."""
         started = time.perf_counter()
-        return execute(self.tableau(model.sde, times), model, x, noise=noise, callback=callback, started=started)
+        return execute(
+            self.tableau(model.sde, times), model, x, noise=noise, callback=callback, started=started
+        )
 
 
 def execute(
-    table: Tableau, model: BaseDenoiser, x: Tensor, *, noise: NoiseSource | None = None, callback: Callback | None = None, started: float | None = None
+    table: Tableau,
+    model: BaseDenoiser,
+    x: Tensor,
+    *,
+    noise: NoiseSource | None = None,
+    callback: Callback | None = None,
+    started: float | None = None,
 ) -> Samples:
     """Run a table without gradients, watch for NaN and Inf, collect what the callback returns."""
     started = time.perf_counter() if started is None else started
@@ -122,7 +154,7 @@ def execute(
         bad = None if x.device.type == "cpu" else torch.full((), len(table), device=x.device)
         guard = finite_guard(table) if bad is None else _device_guard(bad)
 
-        def before(k: int, state: Tensor, F: Tensor) -> None:  # noqa: N803
+        def before(k: int, state: Tensor, F: Tensor) -> None:
             guard(k, F)
             if callback is not None:
                 denoised = F * rows.b[k] + state * rows.a[k] if rows.a[k] else F * rows.b[k]
@@ -132,13 +164,15 @@ def execute(
         result = run(table, rows, x, noise, before=before)
         if bad is not None and int(bad) < len(table):
             raise not_finite(table, int(bad))
-    return Samples(result, len(table), time.perf_counter() - started, path=tuple(path), end=float(table.times[-1]))
+    return Samples(
+        result, len(table), time.perf_counter() - started, path=tuple(path), end=float(table.times[-1])
+    )
 
 
 def _device_guard(bad: Tensor) -> Callable[[int, Tensor], None]:
     """Keeps the first row with a non-finite output in `bad`, on the device, without branching."""
 
-    def guard(k: int, F: Tensor) -> None:  # noqa: N803
+    def guard(k: int, F: Tensor) -> None:
         bad.copy_(torch.where(F.isfinite().all(), bad, bad.clamp(max=k)))
 
     return guard

@@ -33,7 +33,10 @@ def examples() -> dict[str, Any]:
         *(e.deis(p, variable) for p in (1, 2, 3, 4) for variable in ("t", "sigma/alpha", "lam")),
         *(e.adams(p) for p in (1, 2, 3, 4)),
         *(e.adams(p, "adams") for p in (2, 3, 4)),
-        *(e.exponential(3, corrector=4, stored=stored, variable="sigma") for stored in ("data", "noise", "velocity", "flow")),
+        *(
+            e.exponential(3, corrector=4, stored=stored, variable="sigma")
+            for stored in ("data", "noise", "velocity", "flow")
+        ),
         *(e.sa(p, c, tau) for p, c, tau in ((2, 0, 1.0), (2, 3, 1.0), (3, 4, 1.0), (3, 4, 0.3))),
         *(e.seeds(p) for p in orders),
         *(e.er_sde(p) for p in orders),
@@ -52,13 +55,38 @@ class CardTable(dict):
     """Solver by name to its `Card`; prints as a table."""
 
     def __repr__(self) -> str:
-        rows = [("solver", "order", "weak", "calls/step", "memory", "noise", "to sigma=0", "properties", "reference")]
+        rows = [
+            (
+                "solver",
+                "order",
+                "weak",
+                "calls/step",
+                "memory",
+                "noise",
+                "to sigma=0",
+                "properties",
+                "reference",
+            )
+        ]
         for name, card in self.items():
             rows.append(
-                (name, _shown(card.order), _shown(card.weak_order), str(card.calls_per_step), str(card.memory), "yes" if card.stochastic else "-", card.final, " ".join(sorted(card.properties)), card.reference)
+                (
+                    name,
+                    _shown(card.order),
+                    _shown(card.weak_order),
+                    str(card.calls_per_step),
+                    str(card.memory),
+                    "yes" if card.stochastic else "-",
+                    card.final,
+                    " ".join(sorted(card.properties)),
+                    card.reference,
+                )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
 
     __str__ = __repr__
 

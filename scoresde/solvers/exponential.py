@@ -28,20 +28,28 @@ def multistep_table(
     rule: str = "exact",
     name: str = "exponential",
 ) -> Tableau:
-    """Predictor of the given order, optionally followed by a corrector of order `corrector` that uses the new output; one call a step (PEC).
+    """Predictor of the given order, optionally followed by a corrector of order `corrector` that uses the new
+    output; one call a step (PEC).
 
-    The corrector costs no row: it shares base and noise with the predictor, so it only adds `sum_j (c_j - b_j) m_j`, which the next row does before it predicts.
-    Order grows from 1 over the first steps. A last step to sigma = 0 returns D; a first step from alpha = 0 is exact for constant D and its output is then forgotten.
+    The corrector costs no row: it shares base and noise with the predictor, so it only adds `sum_j (c_j -
+    b_j) m_j`, which the next row does before it predicts. Order grows from 1 over the first steps. A last
+    step to sigma = 0 returns D; a first step from alpha = 0 is exact for constant D and its output is then
+    forgotten.
     """
     first = int(torch.isinf(grid.lam[0]))
     last = len(grid) - int(torch.isinf(grid.lam[-1]))
     steps, width = len(grid), max(order, corrector)
     keep, noise = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
-    predict, correct = torch.zeros(steps, width, dtype=torch.float64), torch.zeros(steps, width, dtype=torch.float64)
+    predict, correct = (
+        torch.zeros(steps, width, dtype=torch.float64),
+        torch.zeros(steps, width, dtype=torch.float64),
+    )
     options = {"stored": stored, "variable": variable, "tau": tau, "rule": rule}
     for p, rows in _by_order(first, last, order):  # step k -> k + 1 from outputs k, k - 1, ...
         keep[rows], predict[rows, :p], noise[rows] = _steps(sde, grid.t, rows, range(0, -p, -1), options)
-    for p, rows in _by_order(first, last, corrector):  # step k - 1 -> k from outputs k, k - 1, ...: applied in row k
+    for p, rows in _by_order(
+        first, last, corrector
+    ):  # step k - 1 -> k from outputs k, k - 1, ...: applied in row k
         before = rows[rows > first] - 1
         if corrector and p > 1 and len(before):
             correct[before + 1, :p] = _steps(sde, grid.t, before, range(1, 1 - p, -1), options)[1]
@@ -64,14 +72,17 @@ def _by_order(first: int, last: int, order: int) -> list[tuple[int, Tensor]]:
     return [*ramp, *([(order, full)] if len(full) else [])]
 
 
-def _steps(sde: LinearSDE, t: Tensor, rows: Tensor, lags: range, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+def _steps(
+    sde: LinearSDE, t: Tensor, rows: Tensor, lags: range, options: dict
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of the steps rows -> rows + 1 from the outputs at rows + lags."""
     return step_weights(sde, t[rows], t[rows + 1], t[rows[:, None] + torch.tensor(list(lags))], **options)
 
 
 @dataclass(frozen=True)
 class Exponential:
-    """Members of the family: predictor order, corrector order (0: none), what is remembered, the polynomial's variable, the noise level, the rule for the weights.
+    """Members of the family: predictor order, corrector order (0: none), what is remembered, the polynomial's
+    variable, the noise level, the rule for the weights.
 
     stored    "data" | "noise" | "velocity" | "flow"
     variable  "lam" | "sigma/alpha" | "sigma" (sigma/(alpha + sigma)) | "t"
@@ -88,8 +99,15 @@ class Exponential:
 
     def __post_init__(self) -> None:
         if not (1 <= self.order <= 8 and 0 <= self.corrector <= 8):
-            raise ValueError(f"expected an order in 1..8 and a corrector order in 0..8, found {self.order}, {self.corrector}")
-        for value, known in ((self.stored, STORED), (self.variable, VARIABLES), (self.rule, {**RULES, "adams": None})):
+            raise ValueError(
+                f"expected an order in 1..8 and a corrector order in 0..8, found {self.order}, "
+                f"{self.corrector}"
+            )
+        for value, known in (
+            (self.stored, STORED),
+            (self.variable, VARIABLES),
+            (self.rule, {**RULES, "adams": None}),
+        ):
             if value not in known:
                 raise ValueError(f"expected one of {sorted(known)}, found {value!r}")
         if not callable(self.tau) and not 0 <= self.tau < math.inf:
@@ -119,10 +137,24 @@ class Exponential:
         return Card(order, None, 1, False, reference, declared, memory=memory)
 
 
-def exponential(order: int = 2, *, corrector: int = 0, stored: str = "data", variable: str = "lam", tau: Tau = 0.0, rule: str = "exact") -> TableSolver:
-    """Any member of the family; the arguments are those of `Exponential`. Raises ValueError for values it does not have."""
+def exponential(
+    order: int = 2,
+    *,
+    corrector: int = 0,
+    stored: str = "data",
+    variable: str = "lam",
+    tau: Tau = 0.0,
+    rule: str = "exact",
+) -> TableSolver:
+    """Any member of the family; the arguments are those of `Exponential`. Raises ValueError for values it
+    does not have."""
     member = Exponential(order, corrector, stored, variable, tau, rule)
-    return _preset("exponential", member, tuple((f.name, getattr(member, f.name)) for f in fields(member)), "exact integration of the semilinear ODE or SDE")
+    return _preset(
+        "exponential",
+        member,
+        tuple((f.name, getattr(member, f.name)) for f in fields(member)),
+        "exact integration of the semilinear ODE or SDE",
+    )
 
 
 def _preset(name: str, member: Exponential, options: tuple, reference: str) -> TableSolver:
@@ -143,9 +175,11 @@ def dpm(order: int = 2, singlestep: bool = False, rule: str = "exact") -> TableS
 
 
 def dpmpp(order: int = 2, singlestep: bool = False, rule: str = "exact") -> TableSolver:
-    """DPM-Solver++: data remembered, polynomial in lam (Lu et al. 2022, arXiv:2211.01095). Orders 1 to 3; order 1 is DDIM.
+    """DPM-Solver++: data remembered, polynomial in lam (Lu et al. 2022, arXiv:2211.01095). Orders 1 to 3;
+    order 1 is DDIM.
 
-    rule (multistep): "exact", or as published, "bh2" (2M) and "half3" (3M, second order: its last term lacks a factor 2).
+    rule (multistep): "exact", or as published, "bh2" (2M) and "half3" (3M, second order: its last term lacks
+    a factor 2).
     """
     return _dpm("dpmpp", "data", order, singlestep, rule, "Lu et al. 2022, arXiv:2211.01095")
 
@@ -161,9 +195,11 @@ def _dpm(name: str, stored: str, order: int, singlestep: bool, rule: str, refere
 
 
 def sde_dpmpp(order: int = 2, eta: float = 1.0, singlestep: bool = False, rule: str = "exact") -> TableSolver:
-    """SDE-DPM-Solver++: the reverse SDE with `tau^2 = eta`, data remembered (Lu et al. 2022, arXiv:2211.01095; k-diffusion's 2M and 3M SDE). Weak order min(order, 2).
+    """SDE-DPM-Solver++: the reverse SDE with `tau^2 = eta`, data remembered (Lu et al. 2022,
+    arXiv:2211.01095; k-diffusion's 2M and 3M SDE). Weak order min(order, 2).
 
-    rule (multistep): "exact" (2M "heun"), or as published "bh2" (2M "midpoint"), "half3" (3M). singlestep: order 2, one Brownian path inside the step.
+    rule (multistep): "exact" (2M "heun"), or as published "bh2" (2M "midpoint"), "half3" (3M). singlestep:
+    order 2, one Brownian path inside the step.
     """
     _order(order, 3)
     options = (("order", order), ("eta", eta), ("singlestep", singlestep), ("rule", rule))
@@ -172,13 +208,25 @@ def sde_dpmpp(order: int = 2, eta: float = 1.0, singlestep: bool = False, rule: 
         raise ValueError(f"expected eta >= 0, found {eta}")
     if singlestep:
         if order == 3 or rule != "exact":
-            raise ValueError(f"expected order 1 or 2 and rule='exact' for the singlestep solver, found order {order} and {rule!r}")
-        return singlestep_solver("sde_dpmpp", order, STAGES[order], "data", tau=math.sqrt(eta), options=options, reference=reference)
+            raise ValueError(
+                f"expected order 1 or 2 and rule='exact' for the singlestep solver, found order {order} and "
+                f"{rule!r}"
+            )
+        return singlestep_solver(
+            "sde_dpmpp",
+            order,
+            STAGES[order],
+            "data",
+            tau=math.sqrt(eta),
+            options=options,
+            reference=reference,
+        )
     return _preset("sde_dpmpp", Exponential(order, tau=math.sqrt(eta), rule=rule), options, reference)
 
 
 def unipc(order: int = 2, rule: str = "exact", stored: str = "data") -> TableSolver:
-    """UniPC: predictor of order p, corrector of order p + 1, one call a step (Zhao et al. 2023, arXiv:2302.04867). Measured order p + 1.
+    """UniPC: predictor of order p, corrector of order p + 1, one call a step (Zhao et al. 2023,
+    arXiv:2302.04867). Measured order p + 1.
 
     rule: "exact", or as published "bh1", "bh2", which differ only in two-node formulas.
     """
@@ -186,50 +234,84 @@ def unipc(order: int = 2, rule: str = "exact", stored: str = "data") -> TableSol
     if rule not in ("exact", "bh1", "bh2"):
         raise ValueError(f"expected rule 'exact', 'bh1' or 'bh2', found {rule!r}")
     options = (("order", order), ("rule", rule), ("stored", stored))
-    return _preset("unipc", Exponential(order, order + 1, stored, rule=rule), options, "Zhao et al. 2023, arXiv:2302.04867")
+    return _preset(
+        "unipc",
+        Exponential(order, order + 1, stored, rule=rule),
+        options,
+        "Zhao et al. 2023, arXiv:2302.04867",
+    )
 
 
 def deis(order: int = 3, variable: str = "t") -> TableSolver:
-    """DEIS: noise remembered, exact integration of its polynomial in t (tAB), sigma/alpha (rhoAB) or lam (Zhang and Chen 2023, arXiv:2204.13902). Orders 1 to 4."""
+    """DEIS: noise remembered, exact integration of its polynomial in t (tAB), sigma/alpha (rhoAB) or lam
+    (Zhang and Chen 2023, arXiv:2204.13902). Orders 1 to 4."""
     _order(order, 4)
-    return _preset("deis", Exponential(order, stored="noise", variable=variable), (("order", order), ("variable", variable)), "Zhang and Chen 2023, arXiv:2204.13902")
+    return _preset(
+        "deis",
+        Exponential(order, stored="noise", variable=variable),
+        (("order", order), ("variable", variable)),
+        "Zhang and Chen 2023, arXiv:2204.13902",
+    )
 
 
 def adams(order: int = 4, rule: str = "exact") -> TableSolver:
-    """Adams-Bashforth on `d(x/alpha) = eps d(sigma/alpha)`: noise remembered, polynomial in sigma/alpha. Orders 1 to 4.
+    """Adams-Bashforth on `d(x/alpha) = eps d(sigma/alpha)`: noise remembered, polynomial in sigma/alpha.
+    Orders 1 to 4.
 
-    rule "exact": weights of the actual nodes (LMS of k-diffusion). rule "adams": weights of equidistant nodes, as in iPNDM and PLMS (Liu et al. 2022, arXiv:2202.09778): second order off such grids.
+    rule "exact": weights of the actual nodes (LMS of k-diffusion). rule "adams": weights of equidistant
+    nodes, as in iPNDM and PLMS (Liu et al. 2022, arXiv:2202.09778): second order off such grids.
     """
     _order(order, 4)
     if rule not in ("exact", "adams"):
         raise ValueError(f"expected rule 'exact' or 'adams', found {rule!r}")
-    return _preset("adams", Exponential(order, stored="noise", variable="sigma/alpha", rule=rule), (("order", order), ("rule", rule)), "Liu et al. 2022, arXiv:2202.09778")
+    return _preset(
+        "adams",
+        Exponential(order, stored="noise", variable="sigma/alpha", rule=rule),
+        (("order", order), ("rule", rule)),
+        "Liu et al. 2022, arXiv:2202.09778",
+    )
 
 
 def sa(order: int = 3, corrector: int = 4, tau: Tau = 1.0, stored: str = "data") -> TableSolver:
-    """SA-Solver: stochastic Adams predictor and corrector with noise level tau, a number or a function of lam (Xue et al. 2023, arXiv:2309.05019)."""
+    """SA-Solver: stochastic Adams predictor and corrector with noise level tau, a number or a function of lam
+    (Xue et al. 2023, arXiv:2309.05019)."""
     options = (("order", order), ("corrector", corrector), ("tau", tau), ("stored", stored))
-    return _preset("sa", Exponential(order, corrector, stored, tau=tau), options, "Xue et al. 2023, arXiv:2309.05019")
+    return _preset(
+        "sa", Exponential(order, corrector, stored, tau=tau), options, "Xue et al. 2023, arXiv:2309.05019"
+    )
 
 
 def seeds(order: int = 1) -> TableSolver:
-    """SEEDS: the reverse SDE with noise remembered (Gonzalez et al. 2023, arXiv:2305.14267). Its injected noise does not keep the law of a point mass at finite steps. Orders 1 to 3."""
+    """SEEDS: the reverse SDE with noise remembered (Gonzalez et al. 2023, arXiv:2305.14267). Its injected
+    noise does not keep the law of a point mass at finite steps. Orders 1 to 3."""
     _order(order, 3)
-    return _preset("seeds", Exponential(order, stored="noise", tau=1.0), (("order", order),), "Gonzalez et al. 2023, arXiv:2305.14267")
+    return _preset(
+        "seeds",
+        Exponential(order, stored="noise", tau=1.0),
+        (("order", order),),
+        "Gonzalez et al. 2023, arXiv:2305.14267",
+    )
 
 
 def er_noise_level(lam: Tensor) -> Tensor:
-    """tau of ER-SDE's noise function `phi(k) = k (exp(k^0.3) + 10)`, k = sigma/alpha: `tau^2 = k phi'/phi - 1 = 0.3 k^0.3 / (1 + 10 exp(-k^0.3))`."""
+    """tau of ER-SDE's noise function `phi(k) = k (exp(k^0.3) + 10)`, k = sigma/alpha: `tau^2 = k phi'/phi - 1
+    = 0.3 k^0.3 / (1 + 10 exp(-k^0.3))`."""
     power = (-0.3 * lam).exp()
     return (0.3 * power / (1 + 10 * (-power).exp())).sqrt()
 
 
 def er_sde(order: int = 3, rule: str = "exact", tau: Tau = er_noise_level) -> TableSolver:
-    """ER-SDE-Solver: data remembered, polynomial in sigma/alpha, noise level from the paper's noise function (Cui et al. 2023, arXiv:2309.06169). Orders 1 to 3.
+    """ER-SDE-Solver: data remembered, polynomial in sigma/alpha, noise level from the paper's noise function
+    (Cui et al. 2023, arXiv:2309.06169). Orders 1 to 3.
 
     rule "exact", or "backward", the published third-order update.
     """
     _order(order, 3)
     if rule not in ("exact", "backward"):
         raise ValueError(f"expected rule 'exact' or 'backward', found {rule!r}")
-    return _preset("er_sde", Exponential(order, variable="sigma/alpha", tau=tau, rule=rule), (("order", order), ("rule", rule)), "Cui et al. 2023, arXiv:2309.06169")
+    return _preset(
+        "er_sde",
+        Exponential(order, variable="sigma/alpha", tau=tau, rule=rule),
+        (("order", order), ("rule", rule)),
+        "Cui et al. 2023, arXiv:2309.06169",
+    )

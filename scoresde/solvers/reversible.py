@@ -1,4 +1,5 @@
-"""An algebraically reversible solver of the probability-flow ODE: its step can be undone exactly, so encoding followed by decoding returns the input to rounding."""
+"""An algebraically reversible solver of the probability-flow ODE: its step can be undone exactly, so encoding
+followed by decoding returns the input to rounding."""
 
 from __future__ import annotations
 
@@ -18,13 +19,15 @@ from .singlestep import MIDPOINT, STAGES, singlestep_table
 
 @dataclass(frozen=True)
 class Reversible:
-    """Two coupled copies (y, z) of `x/(alpha^2 + sigma^2)^(1/2)`, with Psi_{s,t} the increment of an exponential one-step method from s to t:
+    """Two coupled copies (y, z) of `x/(alpha^2 + sigma^2)^(1/2)`, with Psi_{s,t} the increment of an
+    exponential one-step method from s to t:
 
         y' = c y + (1 - c) z + Psi_{s,t}(z),    z' = z - Psi_{t,s}(y')
         undone:  z = z' + Psi_{t,s}(y'),        y = (y' - (1 - c) z - Psi_{s,t}(z))/c
 
-    (McCallum and Foster 2024, arXiv:2410.11648, with any base method.) What contracts in one copy expands in the difference of the two, so the scale is chosen such
-    that the flow of standardised data hardly contracts. On a decreasing grid steps are done, on an increasing one undone. The latent is the pair:
+    (McCallum and Foster 2024, arXiv:2410.11648, with any base method.) What contracts in one copy expands in
+    the difference of the two, so the scale is chosen such that the flow of standardised data hardly
+    contracts. On a decreasing grid steps are done, on an increasing one undone. The latent is the pair:
     `decode(model, encode(model, x, solver), solver)` passes it on; a single tensor starts as y = z.
     """
 
@@ -38,17 +41,29 @@ class Reversible:
     def steps_for(self, calls: int) -> int:
         """The largest number of grid steps that takes at most `calls` network calls."""
         if calls < self.card.calls_per_step:
-            raise ValueError(f"expected at least {self.card.calls_per_step} calls, the cost of one step of {self}; found {calls}")
+            raise ValueError(
+                f"expected at least {self.card.calls_per_step} calls, the cost of one step of {self}; found "
+                f"{calls}"
+            )
         return calls // self.card.calls_per_step
 
     def solve(
-        self, model: BaseDenoiser, x: Tensor | Pair, times: Grid | Tensor, *, noise: NoiseSource | None = None, callback: Callback | None = None
+        self,
+        model: BaseDenoiser,
+        x: Tensor | Pair,
+        times: Grid | Tensor,
+        *,
+        noise: NoiseSource | None = None,
+        callback: Callback | None = None,
     ) -> Samples:
         """Run from `x` at times[0] to times[-1]; `noise` is not used."""
         started = time.perf_counter()
         grid = Grid.of(model.sde, times)
         if not bool(torch.isfinite(grid.lam).all()):
-            raise ValueError(f"expected a grid with signal and noise at every node, found {grid}: a step to sigma = 0 cannot be undone")
+            raise ValueError(
+                f"expected a grid with signal and noise at every node, found {grid}: a step to sigma = 0 "
+                "cannot be undone"
+            )
         scale = _scale(model.sde, grid.t).tolist()
         y, z = (copy / scale[0] for copy in from_pair(x))
         undo = bool(grid.t[0] < grid.t[-1])
@@ -56,12 +71,23 @@ class Reversible:
         with torch.no_grad(), evaluating(model):
             for k in range(len(grid)):
                 if callback is not None:
-                    kept = callback(Step(k, float(grid.t[k]), y * scale[k], model(y * scale[k], grid.t[k].to(y.device))))
+                    kept = callback(
+                        Step(k, float(grid.t[k]), y * scale[k], model(y * scale[k], grid.t[k].to(y.device)))
+                    )
                     path.extend([] if kept is None else [kept])
-                y, z = self._step(model, y, z, grid.t[k + 1 if undo else k], grid.t[k if undo else k + 1], undo)
+                y, z = self._step(
+                    model, y, z, grid.t[k + 1 if undo else k], grid.t[k if undo else k + 1], undo
+                )
         calls = self.card.calls_per_step * len(grid) + (len(grid) if callback is not None else 0)
         end = float(grid.t[-1])
-        return Samples(y * scale[-1], calls, time.perf_counter() - started, path=tuple(path), end=end, companion=z * scale[-1])
+        return Samples(
+            y * scale[-1],
+            calls,
+            time.perf_counter() - started,
+            path=tuple(path),
+            end=end,
+            companion=z * scale[-1],
+        )
 
     def _step(self, model: BaseDenoiser, y: Tensor, z: Tensor, s: Tensor, t: Tensor, undo: bool) -> Pair:
         c = self.coupling
@@ -76,7 +102,13 @@ class Reversible:
         table = _base_table(model.sde, s, t, self.order)
         rows = model.rows(table.times[:-1], u)
         guard = finite_guard(table) if u.device.type == "cpu" else None
-        moved = run(table, rows, u * float(_scale(model.sde, s)), None, before=None if guard is None else lambda k, x, F: guard(k, F))
+        moved = run(
+            table,
+            rows,
+            u * float(_scale(model.sde, s)),
+            None,
+            before=None if guard is None else lambda k, x, F: guard(k, F),
+        )
         return moved / float(_scale(model.sde, t)) - u
 
 
@@ -86,12 +118,28 @@ def _scale(sde: LinearSDE, t: Tensor) -> Tensor:
 
 def _base_table(sde: LinearSDE, s: Tensor, t: Tensor, order: int) -> Tableau:
     stages = {1: STAGES[1], 2: MIDPOINT}[order]
-    return singlestep_table(sde, s[None], t[None], stages, stored="noise", variable="sigma/alpha", name="reversible")
+    return singlestep_table(
+        sde, s[None], t[None], stages, stored="noise", variable="sigma/alpha", name="reversible"
+    )
 
 
 def reversible(order: int = 2, coupling: float = 0.999) -> Reversible:
-    """The reversible solver over Euler (order 1, two calls a step) or the midpoint rule (order 2, four calls a step) in sigma/alpha; `coupling` c in (0, 1] ties the two copies."""
+    """The reversible solver over Euler (order 1, two calls a step) or the midpoint rule (order 2, four calls
+    a step) in sigma/alpha; `coupling` c in (0, 1] ties the two copies."""
     if order not in (1, 2) or not 0 < coupling <= 1:
         raise ValueError(f"expected order 1 or 2 and 0 < coupling <= 1, found {order}, {coupling}")
     properties = frozenset({"clock_free", "scale_covariant"})
-    return Reversible(order, coupling, Card(order, None, 2 * order, False, "McCallum and Foster 2024, arXiv:2410.11648", properties, "none", memory=2))
+    return Reversible(
+        order,
+        coupling,
+        Card(
+            order,
+            None,
+            2 * order,
+            False,
+            "McCallum and Foster 2024, arXiv:2410.11648",
+            properties,
+            "none",
+            memory=2,
+        ),
+    )

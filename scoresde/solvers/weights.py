@@ -1,15 +1,20 @@
-"""The one primitive behind exponential solvers: integrate a polynomial through remembered outputs against the exact linear flow.
+"""The one primitive behind exponential solvers: integrate a polynomial through remembered outputs against the
+exact linear flow.
 
-In half-log-SNR `lam`, with noise level tau (0: probability-flow ODE, 1: reverse SDE), every reverse process reads
+In half-log-SNR `lam`, with noise level tau (0: probability-flow ODE, 1: reverse SDE), every reverse process
+reads
 
     dx = x (dlog sigma - tau^2 dlam) + (1 + tau^2) alpha x_0 dlam + 2^(1/2) tau sigma dW.
 
-Let `m = p x + q x_0` be what is remembered, `r = alpha p/q`. For y = x/sigma the linear rate is `-(tau^2 + (1 + tau^2) r)`; with its propagator Phi,
+Let `m = p x + q x_0` be what is remembered, `r = alpha p/q`. For y = x/sigma the linear rate is
+`-(tau^2 + (1 + tau^2) r)`; with its propagator Phi,
 
-    x_t = sigma_t Phi(s, t) x_s/sigma_s + sigma_t int Phi(lam, t) (1 + tau^2) alpha/(sigma q) m dlam + sigma_t int Phi(lam, t) 2^(1/2) tau dW.
+    x_t = sigma_t [Phi(s, t) x_s/sigma_s + int Phi(lam, t) (1 + tau^2) alpha/(sigma q) m dlam
+                   + int Phi(lam, t) 2^(1/2) tau dW].
 
-Replacing m(lam) by its Lagrange polynomial in a variable u(lam) gives `x_t = A x_s + sum_j b_j m_j + C z`. The integrals are 32-point Gauss-Legendre in lam: 1e-14 relative
-for steps from 1e-4 to 30, with no series and no special cases.
+Replacing m(lam) by its Lagrange polynomial in a variable u(lam) gives `x_t = A x_s + sum_j b_j m_j + C z`.
+The integrals are 32-point Gauss-Legendre in lam: 1e-14 relative for steps from 1e-4 to 30, with no series and
+no special cases.
 """
 
 from __future__ import annotations
@@ -31,7 +36,8 @@ Tau = float | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantity to remember: `m = p x + q x_0`, by `ratio = alpha p/q` and `weight = alpha/(sigma q)` as functions of lam (and of the SDE, for scale)."""
+    """A quantity to remember: `m = p x + q x_0`, by `ratio = alpha p/q` and `weight = alpha/(sigma q)` as
+    functions of lam (and of the SDE, for scale)."""
 
     prediction: Prediction
     ratio: Callable[[Tensor], Tensor]
@@ -57,7 +63,8 @@ STORED = {
 }
 
 VARIABLES: dict[str, Callable[[LinearSDE, Tensor, Tensor], Tensor]] = {
-    # each is u(lam) up to an affine map, which a Lagrange polynomial does not see; `base` keeps the numbers near 1
+    # each is u(lam) up to an affine map, which a Lagrange polynomial does not see; `base` keeps the numbers
+    # near 1
     "lam": lambda sde, lam, base: lam - base,
     "sigma/alpha": lambda sde, lam, base: torch.expm1(base - lam),
     "sigma": lambda sde, lam, base: (-lam).sigmoid(),
@@ -67,10 +74,11 @@ VARIABLES: dict[str, Callable[[LinearSDE, Tensor, Tensor], Tensor]] = {
 
 @cache
 def _legendre() -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes and weights on [0, 1], and the matrix whose row i integrates an interpolated function from node i to 1."""
+    """Nodes and weights on [0, 1], and the matrix whose row i integrates an interpolated function from node i
+    to 1."""
     points = 32
     x, w = np.polynomial.legendre.leggauss(points)
-    basis = np.polynomial.legendre.legvander(x, points - 1)  # values -> Legendre coefficients by the discrete transform
+    basis = np.polynomial.legendre.legvander(x, points - 1)  # for the discrete Legendre transform
     transform = (basis * w[:, None]).T * (np.arange(points)[:, None] + 0.5)
     tails = np.stack([_legendre_tail(n, x) for n in range(points)], 1)
     return torch.from_numpy((x + 1) / 2), torch.from_numpy(w / 2), torch.from_numpy(tails @ transform / 2)
@@ -95,7 +103,8 @@ def lagrange(u: Tensor, nodes: Tensor) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """What a published rule may look at: positions `theta` (N, P) of the nodes (0 base, 1 target), moments `mu[k] = int W theta^k` (N,), the step `h` and the kernel at its end."""
+    """What a published rule may look at: positions `theta` (N, P) of the nodes (0 base, 1 target), moments
+    `mu[k] = int W theta^k` (N,), the step `h` and the kernel at its end."""
 
     theta: Tensor
     mu: tuple[Tensor, Tensor, Tensor]
@@ -103,7 +112,8 @@ class Moments(NamedTuple):
     end: Tensor
 
 
-# What public code puts in place of the coefficient of the highest divided difference, by number of nodes: the change against exact integration.
+# What public code puts in place of the coefficient of the highest divided difference, by number of nodes: the
+# change against exact integration.
 RULES: dict[str, dict[int, Callable[[Moments], Tensor]]] = {
     "exact": {},
     "bh1": {2: lambda m: m.h * m.end / 2 - m.mu[1]},
@@ -113,7 +123,12 @@ RULES: dict[str, dict[int, Callable[[Moments], Tensor]]] = {
 }
 
 # Adams-Bashforth on equidistant nodes, newest first; used by iPNDM and PLMS whatever the spacing.
-ADAMS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+ADAMS = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 def step_weights(
@@ -129,13 +144,18 @@ def step_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(A, b, C)` of the steps `x_t = A x_s + sum_j b_j m_j + C z`, vectorised over N steps.
 
-    s, t (N,) times of base and target, both with finite lam (t < s); nodes (N, P) times of the outputs m_j, past, present or future, with finite lam.
-    tau: a number, an (N,) tensor of one number per step, or a function of lam. rule: "exact", or a published approximation of it:
+    s, t (N,) times of base and target, both with finite lam (t < s); nodes (N, P) times of the outputs m_j,
+    past, present or future, with finite lam. tau: a number, an (N,) tensor of one number per step, or a
+    function of lam. rule: "exact", or a published approximation of it:
 
-    bh1, bh2  UniPC's two-node weights (Zhao et al. 2023, arXiv:2302.04867): `mu_1` replaced by `h W(end)/2` or `mu_0/2`; bh2 is DPM-Solver's 2M
-    half3     DPM-Solver's 3M (Lu et al. 2022, arXiv:2211.01095): bh2, and the second divided difference weighted by half; second order only
-    backward  ER-SDE-3 (Cui et al. 2023, arXiv:2309.06169): the newest backward difference taken for the derivative; second order only
-    adams     iPNDM, PLMS (Liu et al. 2022, arXiv:2202.09778): Adams-Bashforth weights of an equidistant grid; second order off such grids
+    bh1, bh2  UniPC's two-node weights (Zhao et al. 2023, arXiv:2302.04867): `mu_1` replaced by `h W(end)/2`
+              or `mu_0/2`; bh2 is DPM-Solver's 2M
+    half3     DPM-Solver's 3M (Lu et al. 2022, arXiv:2211.01095): bh2, and the second divided difference
+              weighted by half; second order only
+    backward  ER-SDE-3 (Cui et al. 2023, arXiv:2309.06169): the newest backward difference taken for the
+              derivative; second order only
+    adams     iPNDM, PLMS (Liu et al. 2022, arXiv:2202.09778): Adams-Bashforth weights of an equidistant grid;
+              second order off such grids
 
     Returns A (N,), b (N, P), C (N,) in float64.
     """
@@ -148,7 +168,7 @@ def step_weights(
     rate = tau2 + (1 + tau2) * kind.ratio(lam)
     decay = (-h * (rate @ tail.T)).exp()  # Phi(lam, t)
     scale = sde.sigma(t) / sde.sigma(s)
-    A = scale * (-h[:, 0] * (rate @ w)).exp()  # noqa: N806
+    A = scale * (-h[:, 0] * (rate @ w)).exp()
     kernel = decay * (1 + tau2) * _scaled_weight(kind, sde, t, lam, lam_t[:, None])
     u = VARIABLES[variable]
     basis = lagrange(u(sde, lam, lam_s[:, None]), u(sde, lam_nodes, lam_s[:, None]))
@@ -159,10 +179,10 @@ def step_weights(
         start, end = (u(sde, v[:, None], lam_s[:, None]) for v in (lam_s, lam_t))
         theta = (u(sde, lam_nodes, lam_s[:, None]) - start) / (end - start)
         position = (u(sde, lam, lam_s[:, None]) - start) / (end - start)
-        mu = tuple(h[:, 0] * (kernel * w * position**k).sum(1) for k in range(3))
+        mu0, mu1, mu2 = (h[:, 0] * (kernel * w * position**k).sum(1) for k in range(3))
         last = (1 + tau2[:, -1]) * _scaled_weight(kind, sde, t, lam_t[:, None], lam_t[:, None])[:, 0]
-        b = b + change(Moments(theta, mu, h[:, 0], last))[:, None] * _highest_difference(theta)
-    C = sde.sigma(t) * (h[:, 0] * (2 * tau2 * decay**2 @ w)).sqrt()  # noqa: N806
+        b = b + change(Moments(theta, (mu0, mu1, mu2), h[:, 0], last))[:, None] * _highest_difference(theta)
+    C = sde.sigma(t) * (h[:, 0] * (2 * tau2 * decay**2 @ w)).sqrt()
     return A, b, C
 
 
@@ -186,11 +206,17 @@ def _scaled_weight(kind: Stored, sde: LinearSDE, t: Tensor, lam: Tensor, lam_t: 
     return sde.sigma(t)[:, None] * kind.weight(sde, lam)
 
 
-def singular_step(sde: LinearSDE, s: Tensor, t: Tensor, stored: str, tau: Tau) -> tuple[Tensor, Tensor, Tensor]:
-    """(keep, mix, noise) of a step from alpha = 0 or to sigma = 0: the limits of the first-order data form."""
+def singular_step(
+    sde: LinearSDE, s: Tensor, t: Tensor, stored: str, tau: Tau
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(keep, mix, noise) of a step from alpha = 0 or to sigma = 0: the limits of the first-order data
+    form."""
     stochastic = float(callable(tau) or tau > 0)
     a, b = view(DATA, STORED[stored].prediction, sde.alpha(s), sde.sigma(s))
     if not bool((a.isfinite() & b.isfinite()).all()):
-        raise ValueError(f"expected a start with some signal for a solver that remembers {stored}, found alpha = 0 at t = {s.item()}; remember data, velocity or flow")
+        raise ValueError(
+            f"expected a start with some signal for a solver that remembers {stored}, found alpha = 0 at "
+            f"t = {s.item()}; remember data, velocity or flow"
+        )
     keep = sde.sigma(t) / sde.sigma(s) * (1 - stochastic)
     return keep + sde.alpha(t) * a, sde.alpha(t) * b, sde.sigma(t) * stochastic
