@@ -1,4 +1,4 @@
-"""Score-based generative models in continuous time, around the VP-SDE: discretize, reverse, sample, measure."""
+"""Score-based generative models in continuous time: a VP-SDE to discretize, reverse, sample and measure."""
 
 from . import checkpoint, grids, laws, losses, networks, noise, schedules, solvers, train
 from .ddpm import DDPM, discretize

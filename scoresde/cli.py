@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
             tyro.extras.subcommand_cli_from_dict(
                 commands, prog="scoresde", description=description, args=args
             )
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
         print(f"scoresde: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
@@ -88,7 +88,7 @@ def quickstart(
         digits.denoiser(seed).to(where), data.train, steps=steps, seed=seed, resume=path if resume else None
     )
     _train(run, path, seconds, hint)
-    with _interrupt_says(f"The model is in {path}. {hint}"):
+    with _interrupt_says(lambda: f"The model is in {path}. {hint}"):
         rows, frames = digits.compare(run.ema, data, n, seed, progress=sys.stderr.isatty())
     report = {
         "digits": {part: len(images.x) for part, images in data._asdict().items()},
@@ -244,37 +244,36 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _train(run: Run, path: Path, seconds: float | None, hint: str) -> None:
-    """Train until the run's steps or `seconds` are over, with a bar; save, also on Ctrl-C, which gives the hint."""
+    """Train until the run's steps or `seconds` are over, with a bar; save, also on Ctrl-C, with the hint."""
     from tqdm.auto import tqdm
 
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"expected a positive number of seconds, found {seconds}")
     steps, metadata = run.settings.steps, {"data": "digits", "shape": list(digits.SHAPE)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    shown = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}" if seconds else None
-    with (
-        _interrupt_says(f"Saved after step {{}} to {path}. {hint}", run),
-        tqdm(
-            total=seconds or steps,
-            desc="training",
-            bar_format=shown,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-            dynamic_ncols=True,
-        ) as bar,
-    ):
+    bar = tqdm(
+        total=seconds or steps,
+        desc="training",
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}" if seconds else None,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        dynamic_ncols=True,
+    )
+    with _interrupt_says(lambda: f"Saved after step {run.step} to {path}. {hint}"), bar:
         try:
             while run.step < steps and run.seconds < (seconds or float("inf")):
                 progress = next(run)
                 bar.set_postfix(step=progress.step, loss=f"{progress.loss:.3f}", refresh=False)
-                bar.update(min(run.seconds, seconds) - bar.n if seconds else run.step - bar.n)
+                bar.update((min(run.seconds, seconds) if seconds else run.step) - bar.n)
         finally:
             run.save(path, metadata)
 
 
 @contextmanager
-def _interrupt_says(text: str, run: Run | None = None) -> Iterator[None]:
+def _interrupt_says(text: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(text.format(run.step) if run else text) from None
+        raise KeyboardInterrupt(text()) from None
 
 
 # ---- output
@@ -282,9 +281,9 @@ def _interrupt_says(text: str, run: Run | None = None) -> Iterator[None]:
 
 def _draw_rows(path: Path, rows: Sequence[digits.Row]) -> None:
     """Two samples of each class from every row, in the same columns."""
-    chosen = torch.arange(min(2 * digits.CLASSES, len(rows[-1].x))).view(-1)
-    order = chosen[torch.argsort(digits.labels(len(chosen)), stable=True)]
-    heads = [str(int(label)) for label in digits.labels(len(chosen))[order]]
+    label = digits.labels(min(2 * digits.CLASSES, len(rows[-1].x)))
+    order = label.argsort(stable=True)
+    heads = [str(c) for c in label[order].tolist()]
     images = {f"{row.name}\n{row.calls} calls" if row.calls else row.name: row.x[order] for row in rows}
     title = "Real handwritten digits, and samples from one network and one seed"
     plots.save(plots.image_rows(images, heads=heads, title=title), path)
@@ -302,8 +301,8 @@ def _write_report(out: Path, report: Mapping[str, Any], rows: Sequence[digits.Ro
     text = f"""# Handwritten digits
 
 A class-conditional U-Net of {training["parameters"]} parameters, trained for {training["steps"]} steps in
-{training["seconds"]:.0f} s on {machine["device"]} ({machine["threads"]} threads) on {report["digits"]["train"]}
-real digits, and sampled from the same seed by four solvers.
+{training["seconds"]:.0f} s ({machine["device"]}, {machine["threads"]} threads) on
+{report["digits"]["train"]} real digits, and sampled from the same seed by four solvers.
 
 {digits.table(rows)}
 
@@ -345,7 +344,7 @@ def _shape(description: Mapping[str, Any], given: tuple[int, ...] | None) -> tup
     shape = given or description["metadata"].get("shape")
     if not shape:
         raise ValueError(
-            "expected the shape of a sample, which this checkpoint does not say; give --shape, as in --shape 3 32 32"
+            "expected the shape of a sample, which the checkpoint does not say: give it, as in --shape 3 8 8"
         )
     return tuple(shape)
 
@@ -396,7 +395,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """A thread for each core of this process, up to eight for images so small, unless OMP_NUM_THREADS is set."""
+    """A thread for each core, up to eight since the images are small, unless OMP_NUM_THREADS is set."""
     before = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "OMP_NUM_THREADS" not in os.environ:

@@ -101,7 +101,8 @@ def view(target: Prediction, source: Prediction, alpha: Tensor, sigma: Tensor) -
     a, b = (q * p_new - p * q_new) / determinant, (alpha * q_new - sigma * p_new) / determinant
     # Proportional quantities need no x, not even where it would be needed to tell x_0 from eps.
     proportional = q * p_new == p * q_new
-    return torch.where(proportional, 0, a), torch.where(proportional, (p * p_new + q * q_new) / (p * p + q * q), b)
+    b = torch.where(proportional, (p * p_new + q * q_new) / (p * p + q * q), b)
+    return torch.where(proportional, 0, a), b
 
 
 class Rows(NamedTuple):

@@ -74,7 +74,7 @@ def denoiser(seed: int = 0) -> Denoiser:
 
 
 def training(model: Denoiser, data: Labelled, *, steps: int, **options: Any) -> Run:
-    """`train.fit` with noise levels around those where digits take shape, all network outputs weighted alike."""
+    """`train.fit` with noise levels around those where digits take shape, and all outputs weighted alike."""
     return fit(
         model,
         (data.x, data.label),
@@ -134,7 +134,7 @@ class Examiner:
         self.distances = nearest_distance(data.held_out.x, data.train.x)
 
     def __call__(self, x: Float[Tensor, "n 1 8 8"], label: Int[Tensor, " n"]) -> Quality:
-        """The quality of samples x of the classes `label`, with pixels clipped to [-1, 1], as in a picture."""
+        """The quality of samples x of the classes `label`, with pixels clipped to [-1, 1]."""
         x = x.detach().float().cpu().clamp(-1, 1)
         nearest = nearest_distance(x, self.data.train.x)
         return Quality(
@@ -286,10 +286,11 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-LEGEND = """- Judge accuracy: share of samples taken for the class asked for, by a classifier that saw neither them nor
-  the training digits.
-- Energy distance: between the judge's log-probabilities of the samples and of held-out digits, unbiased, so
-  that it can be negative. Real digits: one half of the held-out digits against the other.
+LEGEND = """- Judge accuracy: share of samples taken for the class asked for, by a classifier that saw none of
+  these digits.
+- Energy distance: between the judge's log-probabilities of the samples and of held-out digits. Unbiased for
+  independent samples; a little below 0 for equal laws here, since both sides have the same share of each class.
+  Real digits: one half of the held-out digits against the other.
 - Nearest ratio: median distance to the nearest training digit, over that of held-out digits; well below 1 if
   the training digits are memorised.
 - Copies: share of samples that are nearer to a training digit than 99 % of the held-out digits are.

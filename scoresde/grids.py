@@ -154,6 +154,13 @@ def uniform(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
     return _in_time(sde, steps, end, lambda t: t, lambda u: u)
 
 
+def power(sde: LinearSDE, steps: int, end: float | None = None, *, exponent: float = 2.5) -> Grid:
+    """Equidistant in `t^(1/exponent)`: 1 is `uniform`, 2 is `quadratic`; more puts more nodes near the end."""
+    if not 0 < exponent < math.inf:
+        raise ValueError(f"expected exponent > 0, found {exponent}")
+    return _in_time(sde, steps, end, lambda t: t ** (1 / exponent), lambda u: u**exponent)
+
+
 def quadratic(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
     """Equidistant in the square root of t (the "quadratic" spacing of Song et al. 2021, arXiv:2010.02502)."""
     return _in_time(sde, steps, end, Tensor.sqrt, Tensor.square)

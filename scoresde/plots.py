@@ -23,7 +23,7 @@ def image_rows(
     title: str = "",
     scale: float = 0.42,
 ) -> Figure:
-    """A row of images for each entry of `rows`, its name to the left; the first `columns`, of 1 or 3 channels.
+    """A row of images for each entry of `rows`, its name to the left; the first `columns`, 1 or 3 channels.
 
     Pixels in [-1, 1], clipped, not rescaled. heads: words above the columns. scale: inches an image.
     Raises ValueError for no rows or other numbers of channels, ImportError without matplotlib.

@@ -227,7 +227,7 @@ def test_a_network_for_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     path, out = tmp_path / "mlp.safetensors", tmp_path / "x.npy"
     checkpoint.save(path, Denoiser(MLP(3, 8, 1), VPSDE()))
-    assert "give --shape" in failing(capsys, "sample", str(path), "--out", str(out))
+    assert "as in --shape" in failing(capsys, "sample", str(path), "--out", str(out))
     assert cli.main(["sample", str(path), "--n", "5", "--shape", "3", "--out", str(out)]) == 0
     assert np.load(out).shape == (5, 3)
     picture = str(tmp_path / "x.png")

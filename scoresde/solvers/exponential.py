@@ -68,7 +68,8 @@ def multistep_table(
 def _by_order(first: int, last: int, order: int) -> list[tuple[int, Tensor]]:
     """Rows grouped by the order that the outputs since `first` allow."""
     ramp = [(p, torch.tensor([first + p - 1])) for p in range(1, order) if first + p - 1 < last]
-    full = torch.arange(first + order - 1, last) if order else torch.arange(0)
+    start = first + order - 1
+    full = torch.arange(start, max(start, last)) if order else torch.arange(0)
     return [*ramp, *([(order, full)] if len(full) else [])]
 
 
@@ -110,6 +111,10 @@ class Exponential:
         ):
             if value not in known:
                 raise ValueError(f"expected one of {sorted(known)}, found {value!r}")
+        if self.rule == "adams" and (self.order > 4 or self.corrector):
+            raise ValueError(
+                f"expected order 1..4 and no corrector for rule 'adams', found {self.order}, {self.corrector}"
+            )
         if not callable(self.tau) and not 0 <= self.tau < math.inf:
             raise ValueError(f"expected a noise level tau >= 0, found {self.tau}")
 
