@@ -129,32 +129,33 @@ def reference(model: ExactDenoiser, x: Tensor) -> Tensor:
 
 
 def board(name: str, calls: tuple[int, ...], quick: bool) -> dict[str, Any]:
-    """One problem: for each number of calls the chosen configurations of both sides and the default, scored on fresh noises."""
+    """One problem: the score of every configuration on the first noises, and on fresh ones that of the chosen configurations of both sides and of the default."""
     model = problem(name).denoiser(VPSDE())
     choose, report = noises(name, quick)
     exact_choose, exact_report = reference(model, choose), reference(model, report)
     runs = [*ours(), *theirs()]
+    tried: dict[Run, dict[int, Score]] = {run: {} for run in runs}
     rows = []
     for n in calls:
-        best: dict[str, tuple[float, Run]] = {}
-        default = None
         for run in runs:
             found = _try(run, model, choose, n)
-            if found is None:
-                continue
-            key = _selection(score(found, exact_choose))
-            if run.side not in best or key < best[run.side][0]:
-                best[run.side] = key, run
-            if (run.solver, run.grid) == DEFAULT:
-                default = run
+            if found is not None:
+                tried[run][n] = score(found, exact_choose)
+        sides = {side: [run for run in runs if run.side == side and n in tried[run]] for side in ("ours", "theirs")}
+        chosen = {side: min(group, key=lambda run: _selection(tried[run][n])) for side, group in sides.items() if group}
+        chosen |= {"default": run for run in sides["ours"] if (run.solver, run.grid) == DEFAULT}
         row: dict[str, Any] = {"calls": n}
-        for side, run in [*((side, chosen[1]) for side, chosen in best.items()), ("default", default)]:
-            if run is not None:
-                found = _try(run, model, report, n)
-                row[side] = {"solver": run.solver, "grid": run.grid, **score(found, exact_report)._asdict()}
+        for side, run in chosen.items():
+            found = _try(run, model, report, n)
+            assert found is not None
+            row[side] = {"solver": run.solver, "grid": run.grid, **score(found, exact_report)._asdict()}
         rows.append(row)
         print(_line(name, row), flush=True)
-    return {"problem": name, "configurations": {s: sum(r.side == s for r in runs) for s in ("ours", "theirs")}, "rows": rows}
+    everything = [
+        {"side": run.side, "solver": run.solver, "grid": run.grid, "rms": {n: s.rms for n, s in scores.items()}, "flips": {n: s.flips for n, s in scores.items()}}
+        for run, scores in tried.items()
+    ]
+    return {"problem": name, "noises": [len(choose), len(report)], "rows": rows, "all": everything}
 
 
 def _selection(s: Score) -> float:

@@ -289,7 +289,7 @@ def table(rows: Sequence[Row]) -> str:
 LEGEND = """- Judge accuracy: share of samples taken for the class asked for, by a classifier that saw none of
   these digits.
 - Energy distance: between the judge's log-probabilities of the samples and of held-out digits. Unbiased for
-  independent samples; a little below 0 for equal laws here, since both sides have the same share of each class.
+  independent samples; here a little below 0 for equal laws, since both sides have the same classes.
   Real digits: one half of the held-out digits against the other.
 - Nearest ratio: median distance to the nearest training digit, over that of held-out digits; well below 1 if
   the training digits are memorised.

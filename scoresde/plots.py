@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FilePath = str | os.PathLike[str]
@@ -19,36 +20,19 @@ def image_rows(
     rows: Mapping[str, Float[Tensor, "n c h w"]],
     *,
     columns: int = 20,
-    heads: Sequence[str] | None = None,
+    heads: Sequence[str] = (),
     title: str = "",
     scale: float = 0.42,
 ) -> Figure:
-    """A row of images for each entry of `rows`, its name to the left; the first `columns`, 1 or 3 channels.
+    """A row of images for each entry of `rows`, its name to the left: the first `columns`; 1 or 3 channels.
 
     Pixels in [-1, 1], clipped, not rescaled. heads: words above the columns. scale: inches an image.
     Raises ValueError for no rows or other numbers of channels, ImportError without matplotlib.
     """
     if not rows:
         raise ValueError("expected at least one row of images, found none")
-    width = min(columns, max(len(x) for x in rows.values()))
-    figure = _figure(
-        width * scale + 1.9, len(rows) * scale + (0.45 if title else 0.1) + (0.2 if heads else 0.0)
-    )
-    axes = figure.subplots(
-        len(rows),
-        width,
-        squeeze=False,
-        gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 1.8 / figure.get_figwidth()},
-    )
-    _margins(figure, bottom=0.05, top=(0.4 if title else 0.05) + (0.2 if heads else 0.0), right=0.1)
-    for line, (name, x) in zip(axes, rows.items(), strict=True):
-        for j, ax in enumerate(line):
-            _show(ax, x[j] if j < len(x) else None)
-        line[0].text(-0.25, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=8.5)
-    for ax, head in zip(axes[0], heads or (), strict=False):
-        ax.set_title(head, fontsize=8, pad=2, color="0.35")
-    _title(figure, title)
-    return figure
+    images = [list(x[:columns]) for x in rows.values()]
+    return _mosaic(images, list(rows), heads, title, scale, left=0.35 + 0.075 * _longest(rows))
 
 
 def trajectory(
@@ -68,29 +52,14 @@ def trajectory(
             f"expected as many states and denoised images as the {len(times)} times, "
             f"found shapes {tuple(states.shape)} and {tuple(denoised.shape)}"
         )
-    k, n = states.shape[:2]
-    figure = _figure(k * scale + 1.0, 2 * n * scale + 0.75)
-    axes = figure.subplots(
-        2 * n,
-        k,
-        squeeze=False,
-        gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 0.95 / figure.get_figwidth()},
-    )
-    _margins(figure, bottom=0.05, top=0.65, right=0.05)
-    for i in range(n):
-        for j in range(k):
-            _show(axes[2 * i][j], states[j, i])
-            _show(axes[2 * i + 1][j], denoised[j, i])
-        for line, name in ((axes[2 * i], "$x_t$"), (axes[2 * i + 1], r"$E[x_0\,|\,x_t]$")):
-            line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
-    for ax, t in zip(axes[0], times, strict=True):
-        ax.set_title(f"t = {t:.2g}", fontsize=8, pad=3, color="0.35")
-    _title(figure, title)
-    return figure
+    pairs = [(states[:, i], denoised[:, i]) for i in range(states.shape[1])]
+    images = [list(row) for pair in pairs for row in pair]
+    names = ["$x_t$", r"$E[x_0\,|\,x_t]$"] * len(pairs)
+    return _mosaic(images, names, [f"t = {t:.2g}" for t in times], title, scale, left=0.95)
 
 
 def save(figure: Figure, path: FilePath, dpi: int = 100) -> None:
-    """Write a PNG with few bytes: at most 256 colours, which grey images do not notice."""
+    """Write a PNG of few bytes: at most 256 colours, which grey images do not notice."""
     from io import BytesIO
 
     from PIL import Image  # comes with matplotlib
@@ -101,38 +70,49 @@ def save(figure: Figure, path: FilePath, dpi: int = 100) -> None:
         image.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
-def _figure(width: float, height: float) -> Any:
+def _mosaic(
+    images: list[list[Tensor]],
+    names: list[str],
+    heads: Sequence[str],
+    title: str,
+    scale: float,
+    left: float,
+) -> Figure:
+    """All images in one axes whose unit is a cell, so that hundreds cost little; lengths in inches."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "pictures need matplotlib, which is missing: pip install 'scoresde[plots]'"
         ) from error
+    columns, rows, edge = max(map(len, images)), len(images), 0.08
+    top = edge + 0.3 * bool(title) + 0.2 * bool(heads)
+    width, height = left + columns * scale + edge, top + rows * scale + edge
     figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
+    box = (left / width, edge / height, columns * scale / width, rows * scale / height)
+    ax = figure.add_axes(box)
+    for i, (name, line) in enumerate(zip(names, images, strict=True)):
+        ax.text(-0.15, i + 0.5, name, ha="right", va="center", fontsize=8.5)
+        for j, image in enumerate(line):
+            _show(ax, image, j, i)
+    for j, head in enumerate(heads[:columns]):
+        ax.text(j + 0.5, -0.08, head, ha="center", va="bottom", fontsize=8, color="0.35")
+    ax.set(xlim=(0, columns), ylim=(rows, 0))
+    ax.axis("off")
+    if title:
+        figure.text(edge / width, 1 - edge / height, title, ha="left", va="top", fontsize=10, weight="bold")
     return figure
 
 
-def _margins(figure: Figure, *, bottom: float, top: float, right: float) -> None:
-    """Margins in inches."""
-    width, height = figure.get_size_inches()
-    figure.subplots_adjust(bottom=bottom / height, top=1 - top / height, right=1 - right / width)
-
-
-def _title(figure: Figure, title: str) -> None:
-    if title:
-        figure.text(
-            0.012, 1 - 0.1 / figure.get_figheight(), title, ha="left", va="top", fontsize=10, weight="bold"
-        )
-
-
-def _show(ax: Any, image: Tensor | None) -> None:
-    ax.axis("off")
-    if image is None:
-        return
+def _show(ax: Axes, image: Tensor, column: int, row: int, gap: float = 0.04) -> None:
+    """The image in a cell: grey ones in ink on paper, so dark is 1 and light is -1."""
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"expected images of 1 or 3 channels, shape (c, h, w); found {tuple(image.shape)}")
     pixels = (image.detach().float().cpu().clamp(-1, 1).permute(1, 2, 0).numpy() + 1) / 2
-    grey = {"cmap": "gray_r", "vmin": 0, "vmax": 1} if pixels.shape[2] == 1 else {}
-    ax.imshow(pixels.squeeze(2) if grey else pixels, interpolation="nearest", **grey)
+    shown = pixels.squeeze(2) if pixels.shape[2] == 1 else pixels
+    cell = (column + gap, column + 1 - gap, row + 1 - gap, row + gap)
+    ax.imshow(shown, extent=cell, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+
+
+def _longest(names: Mapping[str, object]) -> int:
+    return max(len(line) for name in names for line in name.split("\n"))

@@ -11,6 +11,7 @@ law of its output.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -211,34 +212,70 @@ def run(
     No host-device traffic, no branch on device values. `before(k, x, F)` sees each call's state and output,
     `after(x)` each new state; a state that it returns takes its place.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"expected a floating state, found {x.dtype}; scale integer images to floats first")
+    return loop(coefficients(table, rows), rows.evaluate, x, noise, before=before, after=after)
+
+
+class Coefficients(NamedTuple):
+    """A table, fused with a denoiser `D = a x + b F`, as Python numbers; lists with one entry for each row.
+
+    x <- keep x + gain F + sum_{j >= 1} mix_j m_{k-j} + noise eps,   m_k = skip x + out F if any row reads it
+    """
+
+    name: str
+    skip: list[float]
+    out: list[float]
+    keep: list[float]
+    gain: list[float]
+    mix: list[list[float]]
+    noise: list[float]
+    read: list[bool]
+
+
+def coefficients(table: Tableau, rows: Rows) -> Coefficients:
+    """What `loop` needs of a table."""
     skip = [s + o * a for s, o, a in zip(table.skip.tolist(), table.out.tolist(), rows.a, strict=True)]
     out = [o * b for o, b in zip(table.out.tolist(), rows.b, strict=True)]
-    keep, eps_scale, mix = table.keep.tolist(), table.noise.tolist(), table.mix.tolist()
-    reused = _reused(table.mix)
+    mix = table.mix.tolist()
+    keep = [c + w[0] * s for c, w, s in zip(table.keep.tolist(), mix, skip, strict=True)]
+    gain = [w[0] * o for w, o in zip(mix, out, strict=True)]
+    return Coefficients(table.name, skip, out, keep, gain, mix, table.noise.tolist(), _reused(table.mix))
+
+
+def loop(
+    c: Coefficients,
+    evaluate: Callable[[Tensor, int], Tensor],
+    x: Tensor,
+    noise: NoiseSource | None,
+    *,
+    before: Callable[[int, Tensor, Tensor], None] | None = None,
+    after: Callable[[Tensor], Tensor | None] | None = None,
+) -> Tensor:
+    """The part of `run` that works on tensors: what torch.compile traces as one graph, and a CUDA graph captures."""
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating state, found {x.dtype}; scale integer images to floats first")
+    width = len(c.mix[0]) - 1
     memory: list[Tensor | None] = []  # m_{k-1}, m_{k-2}, ...
-    for k in range(len(table)):
-        F = rows.evaluate(x, k)
+    for k in range(len(c.keep)):
+        F = evaluate(x, k)
         if F.shape != x.shape:
             raise ValueError(
                 f"expected the model to return shape {tuple(x.shape)}, like its input; found {tuple(F.shape)}"
             )
         if before is not None:
             before(k, x, F)
-        now, *past = mix[k]
-        fresh = x * (keep[k] + now * skip[k])
-        fresh.add_(F, alpha=now * out[k])
-        for weight, m in zip(past, memory, strict=False):
-            if weight and m is not None:
-                fresh.add_(m, alpha=weight)
-        if eps_scale[k]:
+        fresh = (x * c.keep[k]).add_(F, alpha=c.gain[k])
+        for lag, m in enumerate(memory, 1):
+            if m is not None and c.mix[k][lag]:
+                fresh.add_(m, alpha=c.mix[k][lag])
+        if c.noise[k]:
             if noise is None:
-                raise ValueError(f"{table.name} is stochastic: expected a noise source, found None")
-            fresh.add_(noise(k, x.shape), alpha=eps_scale[k])
-        if past:
-            remembered = (F * out[k]).add_(x, alpha=skip[k]) if reused[k] else None
-            memory = [remembered, *memory][: len(past)]
+                raise ValueError(f"{c.name} is stochastic: expected a noise source, found None")
+            fresh.add_(noise(k, x.shape), alpha=c.noise[k])
+        if width:  # a copy: networks may write their next output where this one is
+            remembered = F * c.out[k] if c.read[k] else None
+            if remembered is not None and c.skip[k]:
+                remembered.add_(x, alpha=c.skip[k])
+            memory = [remembered, *memory[: width - 1]]
         x = fresh
         if after is not None:
             changed = after(x)
@@ -296,7 +333,8 @@ def finite_guard(table: Tableau) -> Callable[[int, Tensor], None]:
     number per row: for the CPU."""
 
     def guard(k: int, F: Tensor) -> None:
-        if not F.sum().isfinite() and not F.isfinite().all():  # the sum is cheap, and may overflow by itself
+        # The sum is cheap, and may overflow by itself.
+        if not math.isfinite(F.sum().item()) and not F.isfinite().all():
             raise not_finite(table, k)
 
     return guard

@@ -25,7 +25,7 @@ from scoresde.solvers.base import Solver, TableSolver
 from scoresde.tableau import Tableau
 
 STEPS = (40, 80, 160, 320)
-WEAK_STEPS = (160, 320, 640, 1280)
+WEAK_STEPS = (160, 320, 640)
 SPAN = (-2.0, 1.0)
 MEANS = (0.7, -0.3, 0.4, 0.9, -1.0)
 VARIANCES = (0.04, 0.15, 0.5, 1.3, 2.0)
@@ -155,7 +155,7 @@ def examples() -> dict[str, Solver]:
         *(solvers.exponential(p, corrector=p + 1, stored=s) for p, s in ((1, "data"), (2, "noise"), (3, "velocity"))),
         solvers.exponential(3, stored="flow", variable="sigma"),
         solvers.exponential(4, stored="velocity", variable="t"),
-        solvers.exponential(2, corrector=3, tau=0.6),
+        solvers.exponential(2, corrector=3, tau=1.3),
         solvers.exponential(2, stored="noise", tau=0.5),
     ]
     return {**{repr(solver): solver for solver in corners}, **solvers.examples()}

@@ -15,34 +15,47 @@ pytest.importorskip("matplotlib")
 from scoresde import plots
 
 
-def pixels(ax) -> torch.Tensor:
-    return torch.as_tensor(ax.images[0].get_array().data).float()
+def cells(figure) -> dict[tuple[int, int], torch.Tensor]:
+    """Pixels by (row, column)."""
+    (ax,) = figure.axes
+    corners = [image.get_extent() for image in ax.images]
+    return {
+        (int(top), int(left)): torch.as_tensor(image.get_array().data).float()
+        for image, (left, _, _, top) in zip(ax.images, corners, strict=True)
+    }
+
+
+def words(figure) -> dict[str, tuple[float, float]]:
+    return {text.get_text(): text.get_position() for text in figure.axes[0].texts}
 
 
 def test_rows_show_the_images():
     x, y = torch.linspace(-1.5, 1.5, 5 * 6).view(5, 1, 2, 3), -torch.ones(2, 3, 2, 3)
     figure = plots.image_rows({"first": x, "second": y}, columns=4, heads=["a", "b"], title="Title")
-    axes = figure.axes
-    assert len(axes) == 2 * 4
+    shown = cells(figure)
+    assert set(shown) == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)}
     for j in range(4):
-        torch.testing.assert_close(pixels(axes[j]), (x[j, 0].clamp(-1, 1) + 1) / 2)
-    assert pixels(axes[4]).shape == (2, 3, 3) and pixels(axes[5]).max() == 0
-    assert not axes[6].images and not axes[7].images
-    assert [axes[0].get_title(), axes[1].get_title(), axes[2].get_title()] == ["a", "b", ""]
-    assert [axes[0].texts[0].get_text(), axes[4].texts[0].get_text()] == ["first", "second"]
-    assert axes[0].images[0].get_clim() == (0, 1)  # not stretched to each image's own range
+        torch.testing.assert_close(shown[0, j], (x[j, 0].clamp(-1, 1) + 1) / 2)
+    assert shown[1, 0].shape == (2, 3, 3) and shown[1, 0].max() == 0
+    assert figure.axes[0].images[0].get_clim() == (0, 1)  # not stretched to each image's own range
+    assert figure.axes[0].get_ylim() == (2, 0) and figure.axes[0].get_xlim() == (0, 4)
+    where = words(figure)
+    assert [where["first"][1], where["second"][1]] == [0.5, 1.5] and where["first"][0] < 0
+    assert [where["a"][0], where["b"][0]] == [0.5, 1.5] and where["a"][1] < 0
+    assert figure.texts[0].get_text() == "Title"
 
 
 def test_trajectory_shows_the_steps():
     states, denoised = torch.rand(3, 2, 1, 2, 2), -torch.rand(3, 2, 1, 2, 2)
     figure = plots.trajectory([1.0, 0.5, 0.0], states, denoised)
-    axes = figure.axes
-    assert len(axes) == 4 * 3
+    shown = cells(figure)
+    assert len(shown) == 4 * 3
     for i in range(2):
         for j in range(3):
-            torch.testing.assert_close(pixels(axes[6 * i + j]), (states[j, i, 0] + 1) / 2)
-            torch.testing.assert_close(pixels(axes[6 * i + 3 + j]), (denoised[j, i, 0] + 1) / 2)
-    assert [ax.get_title() for ax in axes[:3]] == ["t = 1", "t = 0.5", "t = 0"]
+            torch.testing.assert_close(shown[2 * i, j], (states[j, i, 0] + 1) / 2)
+            torch.testing.assert_close(shown[2 * i + 1, j], (denoised[j, i, 0] + 1) / 2)
+    where = words(figure)
+    assert [where[f"t = {t}"][0] for t in ("1", "0.5", "0")] == [0.5, 1.5, 2.5]
 
 
 def test_files_are_small_and_show_something(tmp_path: Path):

@@ -247,7 +247,10 @@ def test_learned_schedule_learns() -> None:
     VPSDE(schedule=schedule).sigma(f64(0.3, 0.6)).sum().backward()
     for parameter in schedule.parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all()
-    assert Learned().linear.shape == () and Learned().center.shape == (32,)
+    fresh = Learned()
+    assert fresh.linear == 0 and fresh.weight.equal(torch.full((32,), -3.0, dtype=torch.float64))
+    assert fresh.slope.equal(torch.full((32,), 2.0, dtype=torch.float64))
+    assert fresh.center.equal(torch.linspace(0, 1, 32, dtype=torch.float64))
     assert {p.dtype for p in Learned().parameters()} == {torch.float64}
 
 

@@ -44,13 +44,15 @@ def ve_ranges() -> st.SearchStrategy[tuple[float, float]]:
 
 
 def sdes() -> st.SearchStrategy[LinearSDE]:
-    return st.one_of(
+    kinds = [
         schedules().map(lambda s: VPSDE(schedule=s)),
         schedules().map(lambda s: SubVPSDE(schedule=s)),
         ve_ranges().map(lambda r: VESDE(*r)),
         ve_ranges().map(lambda r: EDM(*r)),
         st.just(Rectified()),
-    )
+    ]
+    # Not one_of: it would flatten the ten kinds of VP, and the others would hardly be drawn.
+    return st.integers(0, len(kinds) - 1).flatmap(lambda i: kinds[i])
 
 
 def fractions(n: int) -> st.SearchStrategy[list[float]]:
@@ -125,6 +127,15 @@ def test_log_snr_and_its_inverse(sde: LinearSDE, share: float) -> None:  # PROPE
     slope = sde.rates(t)[1] / sigma**2  # -d log_snr/dt
     tolerance = 16 * EPS * (1 + log_snr.abs() - 2 * alpha.log()) / slope
     assert (sde.time(log_snr) - t).abs() <= 1e-14 * t + tolerance
+
+
+@over_sdes
+def test_log_snr_of_every_kind(sde: LinearSDE) -> None:
+    t = f64(0.05, 0.4, 0.9)
+    log_snr = sde.log_snr(t)
+    close(log_snr, 2 * (sde.alpha(t) / sde.sigma(t)).log(), rtol=1e-12, atol=1e-12)
+    close(sde.time(log_snr), t, rtol=1e-13)
+    close(sde.time(log_snr[1]), t[1], rtol=1e-13)
 
 
 @given(sdes(), st.integers(2, 100))

@@ -117,6 +117,7 @@ def test_law_is_brute_force(name: str) -> None:
     S, P = root @ root.T, prior_root @ prior_root.T + 0.1 * np.eye(3)
     mean, prior_mean = rng.normal(size=3), rng.normal(size=3)
     grid = grids.karras(sde, 9)
+    grid = grid if grid.lam[0] > -math.inf else grids.Grid.of(sde, grid.t[1:])  # noise is undefined without signal
     for solver in (solvers.dpmpp(3), solvers.exponential(2, corrector=3, tau=0.7), solvers.heun(), solvers.ddpm("large")):
         table = solver.tableau(sde, grid)
         K, H = len(table), table.mix.shape[1]
@@ -182,9 +183,12 @@ def test_exact_output_law_of_the_historical_samplers(sampler, at_100, at_1000) -
 
 
 def relative_defect(table: Tableau, sde: LinearSDE) -> float:
-    alpha, sigma = sde.alpha(table.times)[1:], sde.sigma(table.times)[1:]
-    largest = torch.cummax(sde.sigma(table.times).flip(0), 0).values.flip(0)[:-1]
-    scale = torch.stack([alpha.clamp_min(1), largest.clamp_min(1) ** 2], 1)
+    """The largest defect, relative to the terms that cancel in it and at least 1."""
+    alpha, sigma, weight = sde.alpha(table.times)[:-1], sde.sigma(table.times)[:-1], table.mix.abs().sum(1)
+    skip = table.skip.abs()
+    mean = table.keep * alpha + weight * (skip * alpha + table.out.abs()).cummax(0).values
+    deviation = table.keep * sigma + weight * (skip * sigma).cummax(0).values
+    scale = torch.stack([mean, deviation.cummax(0).values ** 2], 1).clamp_min(1)
     return float((table.defect(sde) / scale).abs().max())
 
 
@@ -231,13 +235,22 @@ def test_defect_is_the_law_of_a_point_mass() -> None:
             assert float(defect[k, 1]) == pytest.approx(variance - sigma[k + 1] ** 2, rel=1e-10, abs=1e-13)
 
 
-ONE_STEP = [solvers.ddpm(), solvers.ddpm("large"), solvers.ddim(), solvers.ddim(0.4), solvers.euler_maruyama(),
-            solvers.reverse_diffusion(), solvers.dpmpp(1), solvers.heun(), solvers.midpoint()]  # fmt: skip
+CLOSED = [solvers.ddpm(), solvers.ddpm("large"), solvers.ddim(), solvers.ddim(0.4), solvers.euler_maruyama(),
+          solvers.reverse_diffusion()]  # fmt: skip
+INTEGRATED = [solvers.dpmpp(1), solvers.sde_dpmpp(1), solvers.heun(), solvers.midpoint(), solvers.dpm(3, singlestep=True)]
 
 
-@pytest.mark.parametrize("solver", ONE_STEP, ids=repr)
-def test_split_runs_are_the_whole_run_bit_for_bit(solver) -> None:
-    """Tables split at any node concatenate to the whole table, and runs with the noise's row offset to the run."""
+@pytest.mark.parametrize("solver", [*CLOSED, *INTEGRATED], ids=repr)
+def test_split_runs_are_the_whole_run(solver) -> None:
+    """Tables split at any node concatenate to the whole table, and runs with the noise's row offset to the run.
+
+    Bit for bit where coefficients are closed formulas; integrals are matrix products, whose rounding depends on the number
+    of steps.
+    """
+
+    def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return torch.equal(a, b) if solver in CLOSED else torch.allclose(a, b, rtol=1e-13, atol=1e-13)
+
     sde = VPSDE()
     grid = grids.quadratic(sde, 7, 0.0)
     model, noise = Gaussian(torch.tensor([0.3, -0.1, 1.0]), 0.5).denoiser(sde), Noise.of(5, batch=4, dtype=torch.float64)
@@ -248,10 +261,10 @@ def test_split_runs_are_the_whole_run_bit_for_bit(solver) -> None:
         joined = first + second
         assert len(joined) == len(first) + len(second) == len(whole_table)
         for key in FIELDS:
-            assert torch.equal(getattr(joined, key), getattr(whole_table, key)), key
+            assert same(getattr(joined, key), getattr(whole_table, key)), key
         half = solver.solve(model, x, grid.t[: cut + 1], noise=noise)
         rest = solver.solve(model, half.x, grid.t[cut:], noise=noise.shift(len(first)))
-        assert torch.equal(rest.x, whole.x)
+        assert same(rest.x, whole.x)
 
 
 def test_tables_concatenate() -> None:
@@ -262,7 +275,7 @@ def test_tables_concatenate() -> None:
     both = a + b + c
     assert len(both) == 7 and both.mix.shape == (7, 3)
     assert both.times.tolist() == [1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.0]
-    assert both.name == "dpmpp + ddpm" and join([a]).name == "dpmpp" and (b + b_after(sde)).name == "ddpm"
+    assert both.name == "dpmpp + ddpm + dpmpp" and join([a, b, c]).name == "dpmpp + ddpm" and join([a]).name == "dpmpp" and (b + b_after(sde)).name == "ddpm"
     model, x = Gaussian(torch.tensor([0.3, -0.1]), 0.5).denoiser(sde), torch.randn(5, 2, dtype=torch.float64)
     noise = Noise.of(1, batch=5, dtype=torch.float64)
     whole = solvers.from_tableau(both).solve(model, x, both.times, noise=noise)

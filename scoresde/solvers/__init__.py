@@ -1,8 +1,12 @@
 """Solvers: functions that return immutable solver objects. `card()` lists them."""
 
+from .adaptive_ode import adaptive_ode
+from .adaptive_sde import adaptive_sde
 from .base import Card, Samples, Solver, TableSolver
 from .catalogue import card, examples
 from .exponential import adams, deis, dpm, dpmpp, er_sde, exponential, sa, sde_dpmpp, seeds, unipc
+from .external import scipy_ode, torchsde_solver
+from .langevin import annealed_langevin, langevin, mala, predictor_corrector
 from .onestep import ddim, ddpm, euler_maruyama, from_tableau, reverse_diffusion
 from .reversible import reversible
 from .singlestep import dpm_fast, edm, heun, midpoint, restart
@@ -13,6 +17,9 @@ __all__ = [
     "Solver",
     "TableSolver",
     "adams",
+    "adaptive_ode",
+    "adaptive_sde",
+    "annealed_langevin",
     "card",
     "ddim",
     "ddpm",
@@ -27,12 +34,17 @@ __all__ = [
     "exponential",
     "from_tableau",
     "heun",
+    "langevin",
+    "mala",
     "midpoint",
+    "predictor_corrector",
     "restart",
     "reverse_diffusion",
     "reversible",
     "sa",
+    "scipy_ode",
     "sde_dpmpp",
     "seeds",
+    "torchsde_solver",
     "unipc",
 ]

@@ -7,6 +7,10 @@ from typing import Any
 from . import exponential as e
 from . import onestep as o
 from . import singlestep as s
+from .adaptive_ode import adaptive_ode
+from .adaptive_sde import adaptive_sde
+from .external import TORCHSDE, scipy_ode, torchsde_solver
+from .langevin import annealed_langevin, predictor_corrector
 from .reversible import reversible
 
 
@@ -47,6 +51,13 @@ def examples() -> dict[str, Any]:
         s.edm(),
         s.restart(),
         *(reversible(p) for p in (1, 2)),
+        predictor_corrector(o.reverse_diffusion()),
+        predictor_corrector(e.dpmpp(2), norm="sigma"),
+        annealed_langevin(),
+        adaptive_ode(),
+        adaptive_sde(),
+        *(scipy_ode(method) for method in ("RK45", "DOP853", "LSODA")),
+        *(torchsde_solver(method) for method in TORCHSDE),
     ]
     return {repr(solver): solver for solver in made}
 

@@ -33,7 +33,7 @@ class Halt(Exception):
 class Calls:
     """Counts network calls and halts a run whose calls are spent or whose output is not finite."""
 
-    def __init__(self, limit: float = math.inf) -> None:
+    def __init__(self, limit: float | int = math.inf) -> None:
         self.limit, self.made = limit, 0
 
     def __call__(self, evaluate: Callable[[], Tensor]) -> Tensor:

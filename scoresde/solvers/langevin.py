@@ -183,15 +183,21 @@ class PredictorCorrector:
 
 
 def _node_rows(table: Tableau, grid: Grid) -> dict[int, int]:
-    """Row -> j where the state after the row is the predictor's result at node j >= 1, and not a stage."""
-    last = {t: k for k, t in enumerate(table.times[1:].tolist())}
-    missing = [t for t in grid.t[1:].tolist() if t not in last]
-    if missing:
-        raise ValueError(
-            f"expected a predictor that stops at every node, found none of {table.name} at t = {missing[0]:.6g}; "
-            "use one without stages across nodes and without noise added at them"
-        )
-    return {last[t]: j for j, t in enumerate(grid.t.tolist()) if j > 0}
+    """Row -> j where the state after the row is the predictor's result at node j >= 1, and not a stage.
+
+    That is the last row to arrive at the node, if the next one leaves it downwards.
+    """
+    arrivals = [*table.times[1:].tolist(), -math.inf]
+    last = {t: k for k, t in enumerate(arrivals)}
+    rows = {}
+    for j, t in enumerate(grid.t[1:].tolist(), 1):
+        if t not in last or arrivals[last[t] + 1] >= t:
+            raise ValueError(
+                f"expected a predictor that stops at every node, found that {table.name} does not at t = {t:.6g}; "
+                "use one without steps across nodes and without noise that leads away from them"
+            )
+        rows[last[t]] = j
+    return rows
 
 
 def predictor_corrector(

@@ -1,0 +1,232 @@
+"""Adaptive probability-flow ODE: a variable-step Adams predictor-corrector with one network call a step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..denoiser import FLOW, BaseDenoiser
+from ..grids import Grid
+from ..sde import LinearSDE, like
+from ..tableau import NoiseSource
+from .adaptive_control import Control, Ledger, State, alone, factor, finite, per_sample
+from .base import Callback, Card, Samples, evaluating
+
+START = 0.1  # first step, as a part of one at which Euler's rule would meet the tolerance
+EAGER, SMOOTH = 5.0, 1.5  # growth of a step while the order rises, and after
+
+GAUSS = tuple(torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(5))  # exact to degree 9
+
+
+class Flow(NamedTuple):
+    """The probability-flow ODE as `dy = v du`, with `y = x/(alpha + sigma)`, `u = sigma/(alpha + sigma)` and
+    `v = E[eps - x_0 | x]`: a quadrature of network outputs, regular at both ends of every process."""
+
+    sde: LinearSDE
+
+    def scale(self, t: Tensor) -> Tensor:
+        return self.sde.alpha(t) + self.sde.sigma(t)
+
+    def log_u(self, t: Tensor) -> Tensor:
+        return (self.sde.sigma(t) / self.scale(t)).log()
+
+    def time(self, log_u: Tensor) -> Tensor:
+        return self.sde.time(2 * ((-torch.expm1(log_u)).log() - log_u))  # alpha/sigma = (1 - u)/u
+
+    def denoised(self, state: ODEState) -> Tensor:
+        """D = (x - sigma v)/(alpha + sigma)."""
+        sigma, x = self.sde.sigma(state.t), state.x
+        return (x - like(sigma, x) * state.outputs[:, 0]) / like(self.scale(state.t), x)
+
+
+def integrals(nodes: Tensor, used: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """(n, P) weights w with `int_start^stop p(u) du = sum_j w_j p(u_j)` for polynomials p, u_j being those
+    of the nodes (n, P) that are `used`; exact up to the degree that they determine, P <= 10."""
+    points, weights = (v.to(nodes) for v in GAUSS)
+    middle, half = (start + stop) / 2, (stop - start) / 2
+    u = (middle[:, None] + half[:, None] * points)[:, None, :]
+    basis = used[:, :, None] * weights * half[:, None, None]  # (n, P, 5), Lagrange's basis in the making
+    for i in range(nodes.shape[1]):
+        u_i = nodes[:, i, None]
+        other = used[:, i, None] & used & (torch.arange(nodes.shape[1], device=u.device) != i)
+        gap = torch.where(other, nodes - u_i, 1.0)
+        basis = torch.where(other[:, :, None], basis * (u - u_i[:, None]) / gap[:, :, None], basis)
+    return basis[..., 0] + basis[..., 1] + basis[..., 2] + basis[..., 3] + basis[..., 4]
+
+
+def integrate(nodes: Tensor, outputs: Tensor, used: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """int_start^stop of the polynomial through the `used` ones of the outputs (n, P, ...), in their dtype."""
+    integral = torch.zeros_like(outputs[:, 0])
+    for w, v in zip(integrals(nodes, used, start, stop).unbind(1), outputs.unbind(1), strict=True):
+        integral = integral + like(w, v) * v
+    return integral
+
+
+@dataclass
+class ODEState(State):
+    """s = log u; the last outputs v (n, P, ...) at nodes u (n, P), newest first, `known` (n,) or P of them."""
+
+    nodes: Tensor
+    outputs: Tensor
+    known: Tensor
+
+
+@dataclass(frozen=True)
+class AdaptiveODE:
+    """See `adaptive_ode`."""
+
+    order: int
+    control: Control
+    at: tuple[float, ...]
+    card: Card = field(repr=False)
+
+    def __repr__(self) -> str:
+        rtol, atol, max_calls = self.control.rtol, self.control.atol, self.control.max_calls
+        at = f", at={self.at}" if self.at else ""
+        return f"adaptive_ode(rtol={rtol}, atol={atol}, order={self.order}, max_calls={max_calls}{at})"
+
+    def steps_for(self, calls: int) -> int:
+        """Steps follow the tolerance, not the grid: 1, for the two ends."""
+        return 1
+
+    def solve(
+        self,
+        model: BaseDenoiser,
+        x: Tensor,
+        times: Grid | Tensor,
+        *,
+        noise: NoiseSource | None = None,
+        callback: Callback | None = None,
+    ) -> Samples:
+        """Run from `x` (B, ...) at times[0] to times[-1], either way; nodes between and `noise` are not used.
+
+        `Samples.path` has the states (B, ...) at the times `at`, NaN where a sample did not get that far.
+        Without `at` it has what the callback returned, who sees the samples still running before every
+        attempted step.
+        """
+        started, sde = time.perf_counter(), model.sde
+        grid = Grid.of(sde, times)
+        first, last = float(grid.t[0]), float(grid.t[-1])
+        if float(sde.sigma(first)) == 0:
+            raise ValueError(
+                f"expected to start where there is noise, found t = {first}; encode from a later end"
+            )
+        noiseless = float(sde.sigma(last)) == 0
+        stop = min(float(sde.default_end), first) if noiseless else last
+        inside = [t for t in self.at if t != last]
+        if not all(min(first, stop) <= t <= max(first, stop) for t in inside):
+            raise ValueError(f"expected times `at` between {first} and {stop}, found {self.at}")
+        with torch.no_grad(), evaluating(model):
+            ledger = Ledger(model, x)
+            dense = x.new_full((len(self.at), *x.shape), math.nan)
+            path = self._integrate(ledger, x, (first, stop), dense, callback, noiseless)
+            if noiseless:
+                ledger.denoise(stop)
+            ends = [r for r, t in enumerate(self.at) if t == last]
+            dense[ends] = per_sample(ledger.arrived, ledger.result, torch.full_like(x, math.nan))
+        return ledger.samples(started, last, dense.unbind() if self.at else path)
+
+    def _integrate(
+        self,
+        ledger: Ledger,
+        x: Tensor,
+        ends: tuple[float, float],
+        dense: Tensor,
+        callback: Callback | None,
+        reserved: int,
+    ) -> list[Any]:
+        """Fill `ledger` and `dense` with at most max_calls - reserved calls; what the callback returned."""
+        if not len(ledger.active):
+            return []
+        flow, end = Flow(ledger.model.sde), torch.tensor(ends[1], dtype=torch.float64, device=x.device)
+        goal, limit = flow.log_u(end), self.control.max_calls - reserved
+        state = self._begin(ledger, flow, x, ends[0], goal)
+        attempt = partial(self._attempt, ledger, flow, end, dense)
+        return ledger.run(state, goal, attempt, limit, flow.denoised, callback)
+
+    def _begin(self, ledger: Ledger, flow: Flow, x: Tensor, first: float, goal: Tensor) -> ODEState:
+        t = torch.full((len(x),), first, dtype=torch.float64, device=x.device)
+        s, y = flow.log_u(t), x / like(flow.scale(t), x)
+        slope = ledger.evaluate(FLOW, x, t)
+        euler = self.control.error(like(goal.exp() - s.exp(), x) * slope, y, y)
+        h = START * (goal - s) / euler.clamp_min(1.0).sqrt()
+        empty = torch.zeros_like(x)[:, None].expand(-1, self.order, *x.shape[1:])
+        nodes, outputs = s.exp()[:, None].repeat(1, self.order + 1), torch.cat([slope[:, None], empty], 1)
+        return ODEState(t, s, x, h, finite(slope), nodes, outputs, torch.ones_like(ledger.active))
+
+    def _attempt(self, ledger: Ledger, flow: Flow, end: Tensor, dense: Tensor, state: ODEState) -> ODEState:
+        """One step of every running sample: Adams-Bashforth, one call, Adams-Moulton of one order more.
+
+        The call is not repeated at the corrected state (PEC): it is the newest node if the step is accepted.
+        """
+        goal = flow.log_u(end)
+        s = state.target(goal)
+        t = torch.where(s == goal, end, alone(flow.time, s))
+        u, u_new = state.nodes[:, 0], s.exp()
+        y, scale = state.x / like(flow.scale(state.t), state.x), flow.scale(t)
+        order = state.known.clamp(max=self.order)
+        used = torch.arange(self.order + 1, device=t.device) < order[:, None]
+        predicted = y + integrate(state.nodes, state.outputs, used, u, u_new)
+        slope = ledger.evaluate(FLOW, predicted * like(scale, y), t)
+        nodes = torch.cat([u_new[:, None], state.nodes[:, :-1]], 1)
+        outputs = torch.cat([slope[:, None], state.outputs[:, :-1]], 1)
+        used = torch.cat([torch.ones_like(used[:, :1]), used[:, :-1]], 1)
+        corrected = y + integrate(nodes, outputs, used, u, u_new)
+        error = self.control.error(corrected - predicted, y, corrected)
+        accepted = error <= 1
+        for t_r, states in zip(self.at, dense, strict=True):
+            # The corrector's polynomial, integrated to the wanted time.
+            rows = (accepted & ((t_r - state.t) * (t_r - t) <= 0)).nonzero()[:, 0]
+            t_wanted = torch.full_like(t, t_r)
+            value = y + integrate(nodes, outputs, used, u, flow.log_u(t_wanted).exp())
+            states[ledger.active[rows]] = (value * like(flow.scale(t_wanted), y))[rows]
+        growth = torch.where(state.known < self.order, EAGER, SMOOTH)
+        return ODEState(
+            torch.where(accepted, t, state.t),
+            torch.where(accepted, s, state.s),
+            per_sample(accepted, corrected * like(scale, y), state.x),
+            (s - state.s) * factor(error, order + 1.0, growth),
+            finite(slope),
+            per_sample(accepted, nodes, state.nodes),
+            per_sample(accepted, outputs, state.outputs),
+            state.known + accepted,
+        )
+
+
+def adaptive_ode(
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    *,
+    order: int = 5,
+    max_calls: int = 1000,
+    at: Sequence[float] = (),
+) -> AdaptiveODE:
+    """The probability-flow ODE with steps chosen for each sample by itself, from noise to data or back.
+
+    A variable-step Adams predictor of `order` 1..8 and a corrector of one order more (Hairer, Norsett and
+    Wanner 1993, chapter III.5) on `dy = E[eps - x_0 | x] du`, `y = x/(alpha + sigma)`, `u = sigma/(alpha +
+    sigma)`: one network call a step. What is kept below 1 is their difference, root mean square over the
+    sample in units of `atol + rtol |y|`.
+
+    max_calls  of the network. A sample that has not arrived by then, whose step underflows, or whose network
+               returns NaN or Inf keeps its last state, and `Samples.status` says so
+    at         times whose states are wanted besides (dense output), in `Samples.path`
+
+    A run to sigma = 0 stops at `sde.default_end` and returns D there. Samples leave the batch when they are
+    done: conditions given to `sample` are narrowed with it, and a network must not remember its batch.
+    Tolerances below the rounding of the state count as that. Raises ValueError for other tolerances, orders
+    and limits.
+    """
+    if isinstance(order, bool) or order not in range(1, 9):
+        raise ValueError(f"expected an order in 1..8, found {order!r}")
+    reference = "Hairer, Norsett and Wanner 1993, chapter III.5"
+    card = Card(None, None, 1, False, reference, frozenset(), "data", memory=order + 1)
+    return AdaptiveODE(order, Control(rtol, atol, max_calls), tuple(float(t) for t in at), card)
