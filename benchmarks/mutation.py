@@ -2,12 +2,13 @@
 
     python -m benchmarks.mutation --modules schedules ddpm laws tableau solvers --count 30 --seed 1
 
-Mistakes are drawn uniformly, with the printed seed, from all that the syntax tree of the modules offers: operators, comparisons,
-constants, signs, names that are easily confused, dropped roots, squares, statements and `not`, swapped arguments and branches.
-Docstrings, annotations, imports and error messages are left out. Each is written into a copy of the tree, and the module's own tests
-run there (up to the first failure, at most --timeout seconds). A run starts only if those tests pass without a mistake, so that a
-failure is the mistake's. Tests that reach no end get twice the time in a second try; if they hang again, although they end in time
-without the mistake, it counts as caught.
+Mistakes are drawn uniformly, with the printed seed, from all that the syntax tree of the modules offers:
+operators, comparisons, constants, signs, names that are easily confused, dropped roots, squares, statements
+and `not`, swapped arguments and branches. Docstrings, annotations, imports and error messages are left out.
+Each is written into a copy of the tree, and the module's own tests run there (up to the first failure, at
+most --timeout seconds). A run starts only if those tests pass without a mistake, so that a failure is the
+mistake's. Tests that reach no end get twice the time in a second try; if they hang again, although they end
+in time without the mistake, it counts as caught.
 """
 
 from __future__ import annotations
@@ -35,7 +36,21 @@ COPIED = ("scoresde", "tests", "benchmarks", "pyproject.toml", "README.md", "con
 # module -> files in which mistakes are planted, tests that should notice; patterns below the root
 MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     name: ((f"scoresde/{name}.py",), (f"tests/test_{name}*.py",))
-    for name in ("schedules", "sde", "ddpm", "laws", "denoiser", "noise", "grids", "tableau", "sampling", "losses", "checkpoint", "metrics", "langevin")
+    for name in (
+        "schedules",
+        "sde",
+        "ddpm",
+        "laws",
+        "denoiser",
+        "noise",
+        "grids",
+        "tableau",
+        "sampling",
+        "losses",
+        "checkpoint",
+        "metrics",
+        "langevin",
+    )
 } | {
     "solvers": (("scoresde/solvers/*.py",), ("tests/test_solvers*.py",)),
     "networks": (("scoresde/networks/*.py",), ("tests/test_networks*.py",)),
@@ -43,19 +58,46 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (("scoresde/train/*.py",), ("tests/test_train*.py",)),
 }
 
-ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Div, ast.Mod: ast.Mult}
+ARITHMETIC = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Div,
+    ast.Mod: ast.Mult,
+}
 ORDERED = (ast.Sub, ast.Div, ast.Pow, ast.MatMult)
 COMPARISONS = {
-    ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.GtE), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.LtE),
-    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,), ast.NotIn: (ast.In,),
+    ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.GtE),
+    ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.LtE),
+    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,), ast.NotIn: (ast.In,),
 }  # fmt: skip
 CONFUSED = [
-    ("alpha", "sigma"), ("s", "t"), ("lam_s", "lam_t"), ("x0", "xt"), ("a", "b"), ("p", "q"), ("low", "high"), ("start", "stop"), ("start", "end"), ("first", "last"),
-    ("before", "after"), ("mean", "std"), ("keep", "mix"), ("skip", "out"), ("min", "max"), ("minimum", "maximum"), ("sin", "cos"), ("exp", "expm1"), ("log", "log1p"),
-    ("floor", "ceil"), ("any", "all"), ("sum", "mean"), ("sum", "prod"), ("zeros_like", "ones_like"), ("zeros", "ones"), ("cumsum", "cumprod"), ("sqrt", "square"),
-    ("amin", "amax"), ("argmin", "argmax"), ("sinh", "cosh"), ("steps", "order"), ("rows", "steps"),
+    ("alpha", "sigma"), ("s", "t"), ("lam_s", "lam_t"), ("x0", "xt"), ("a", "b"), ("p", "q"), ("low", "high"),
+    ("start", "stop"), ("start", "end"), ("first", "last"), ("before", "after"), ("mean", "std"),
+    ("keep", "mix"), ("skip", "out"), ("min", "max"), ("minimum", "maximum"), ("sin", "cos"), ("exp", "expm1"),
+    ("log", "log1p"), ("floor", "ceil"), ("any", "all"), ("sum", "mean"), ("sum", "prod"), ("zeros_like", "ones_like"),
+    ("zeros", "ones"), ("cumsum", "cumprod"), ("sqrt", "square"), ("amin", "amax"), ("argmin", "argmax"),
+    ("sinh", "cosh"), ("steps", "order"), ("rows", "steps"),
 ]  # fmt: skip
-DROPPED = {"sqrt", "square", "exp", "expm1", "log", "log1p", "abs", "neg", "reciprocal", "cumsum", "flip", "double", "clone", "detach"}
+DROPPED = {
+    "sqrt",
+    "square",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "abs",
+    "neg",
+    "reciprocal",
+    "cumsum",
+    "flip",
+    "double",
+    "clone",
+    "detach",
+}
 
 Change = Callable[[ast.AST], ast.AST]
 Address = tuple[tuple[str, int | None], ...]
@@ -63,7 +105,9 @@ Address = tuple[tuple[str, int | None], ...]
 
 @dataclass(frozen=True)
 class Mistake:
-    """One changed node: where, what it was, what it becomes; its address in the syntax tree, and which of its changes it is."""
+    """One changed node: where, what it was, what it becomes; its address in the syntax tree, and which of its
+    changes it is.
+    """
 
     module: str
     file: str
@@ -93,7 +137,18 @@ def mistakes(module: str, file: Path) -> list[Mistake]:
         for number, (kind, change) in enumerate(_changes(node, scope)):
             was, becomes = ast.unparse(node), ast.unparse(change(copy.deepcopy(node)))
             if was != becomes:
-                found.append(Mistake(module, str(file.relative_to(ROOT)), getattr(node, "lineno", 0), kind, was, becomes, address, number))
+                found.append(
+                    Mistake(
+                        module,
+                        str(file.relative_to(ROOT)),
+                        getattr(node, "lineno", 0),
+                        kind,
+                        was,
+                        becomes,
+                        address,
+                        number,
+                    )
+                )
     return found
 
 
@@ -122,25 +177,39 @@ def _places(tree: ast.AST) -> Iterator[tuple[Address, ast.AST, set[str]]]:
 
 
 def _is_docstring(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def _is_listing(node: ast.AST) -> bool:
     """`__all__ = ...`, and aliases of types, which are annotations by another name."""
     if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
         return False
-    return node.targets[0].id == "__all__" or (isinstance(node.value, ast.Subscript) and node.targets[0].id[:1].isupper() and not node.targets[0].id.isupper())
+    return node.targets[0].id == "__all__" or (
+        isinstance(node.value, ast.Subscript)
+        and node.targets[0].id[:1].isupper()
+        and not node.targets[0].id.isupper()
+    )
 
 
 def _names(node: ast.AST) -> set[str]:
     """Names bound in a function, or at the top of a module."""
-    found = {child.arg for child in ast.walk(node) if isinstance(child, ast.arg)} if not isinstance(node, ast.Module) else set()
+    found = (
+        {child.arg for child in ast.walk(node) if isinstance(child, ast.arg)}
+        if not isinstance(node, ast.Module)
+        else set()
+    )
     inside = node.body if isinstance(node, ast.Module) else list(ast.walk(node))
     return found | {
         target.id
         for child in inside
         for target in ast.walk(child)
-        if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store) and not isinstance(child, ast.FunctionDef | ast.ClassDef)
+        if isinstance(target, ast.Name)
+        and isinstance(target.ctx, ast.Store)
+        and not isinstance(child, ast.FunctionDef | ast.ClassDef)
     }
 
 
@@ -231,7 +300,9 @@ def _planted(tree: ast.AST, address: Address, change: Change) -> ast.AST:
 
 
 class Tree:
-    """A copy of what the tests need, with scoresde's files written back from their syntax trees, as the mistakes are."""
+    """A copy of what the tests need, with scoresde's files written back from their syntax trees, as the
+    mistakes are.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -251,24 +322,56 @@ class Tree:
 
     def run(self, tests: list[str], timeout: float) -> tuple[str, float, str]:
         """("passed" | "failed" | "hung", seconds, the end of the output)."""
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            *tests,
+        ]
         started = time.monotonic()
         try:
-            done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+            done = subprocess.run(
+                command,
+                cwd=self.folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             return "hung", time.monotonic() - started, ""
         if done.returncode not in (0, 1, 2):  # 2: the mistake broke the import
-            raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"pytest ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
         return "passed" if done.returncode == 0 else "failed", time.monotonic() - started, done.stdout[-1500:]
 
 
 def files_of(module: str, which: int) -> list[str]:
-    found = sorted({str(f.relative_to(ROOT)) for pattern in MODULES[module][which] for f in ROOT.glob(pattern)})
+    found = sorted(
+        {str(f.relative_to(ROOT)) for pattern in MODULES[module][which] for f in ROOT.glob(pattern)}
+    )
     if which == 0:  # a file belongs to the module that names it without a wildcard, if there is one
         found = [f for f in found if Path(f).name != "__init__.py"]
     if not found:
-        raise SystemExit(f"expected files {MODULES[module][which]} for the module {module}, found none; correct MODULES in {Path(__file__).name}")
+        raise SystemExit(
+            f"expected files {MODULES[module][which]} for the module {module}, found none; "
+            f"correct MODULES in {Path(__file__).name}"
+        )
     return found
 
 
@@ -281,7 +384,10 @@ def baseline(tree: Tree, modules: list[str], limit: float) -> dict[str, float]:
         if outcome != "passed":
             raise SystemExit(f"the tests of {module} must pass before mistakes are planted:\n{output}")
         if seconds > limit:
-            print(f"  longer than the limit of {limit:.0f} s: what only their end would catch needs the second try, or survives")
+            print(
+                f"  longer than the limit of {limit:.0f} s: "
+                "what only their end would catch needs the second try, or survives"
+            )
         taken[module] = seconds
     return taken
 
@@ -316,15 +422,24 @@ def draw(offered: list[Mistake], count: int, least: int, seed: int) -> list[Mist
 
 
 def report(results: list[dict], offered: list[Mistake], seed: int) -> str:
-    lines = [f"Seed {seed}; {len(results)} mistakes drawn from {len(offered)}.", "", "| module | offered | drawn | caught | survived |", "|---|---|---|---|---|"]
+    lines = [
+        f"Seed {seed}; {len(results)} mistakes drawn from {len(offered)}.",
+        "",
+        "| module | offered | drawn | caught | survived |",
+        "|---|---|---|---|---|",
+    ]
     for module in [*dict.fromkeys(m.module for m in offered), "all"]:
         own = [r for r in results if module in (r["module"], "all")]
         caught = sum(r["caught"] for r in own)
         count = sum(module in (m.module, "all") for m in offered)
-        lines.append(f"| {module} | {count} | {len(own)} | {caught}{f' ({caught / len(own):.0%})' if own else ''} | {len(own) - caught} |")
+        share = f" ({caught / len(own):.0%})" if own else ""
+        lines.append(f"| {module} | {count} | {len(own)} | {caught}{share} | {len(own) - caught} |")
     survivors = [r for r in results if not r["caught"]]
     lines += ["", "Survivors:" if survivors else "No survivors.", ""]
-    lines += [f"- {r['file']}:{r['line']} ({r['kind']}): `{_short(r['was'])}` -> `{_short(r['becomes'])}`" for r in survivors]
+    lines += [
+        f"- {r['file']}:{r['line']} ({r['kind']}): `{_short(r['was'])}` -> `{_short(r['becomes'])}`"
+        for r in survivors
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -334,17 +449,31 @@ def _short(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", nargs="+", choices=sorted(MODULES), default=["schedules", "ddpm", "laws", "tableau", "solvers"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--modules",
+        nargs="+",
+        choices=sorted(MODULES),
+        default=["schedules", "ddpm", "laws", "tableau", "solvers"],
+    )
     parser.add_argument("--count", type=int, default=30, help="mistakes in all")
     parser.add_argument("--least", type=int, default=0, help="mistakes in each module at least")
     parser.add_argument("--seed", type=int, default=None, help="default: from the clock, printed")
     parser.add_argument("--timeout", type=float, default=40.0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of mutation.json and mutation.md")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder of mutation.json and mutation.md",
+    )
     options = parser.parse_args()
     seed = int(time.time()) if options.seed is None else options.seed
-    offered = [m for module in options.modules for file in files_of(module, 0) for m in mistakes(module, ROOT / file)]
+    offered = [
+        m for module in options.modules for file in files_of(module, 0) for m in mistakes(module, ROOT / file)
+    ]
     drawn = draw(offered, options.count, options.least, seed)
     print(f"seed {seed}: {len(drawn)} of {len(offered)} mistakes in {', '.join(options.modules)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -363,9 +492,15 @@ def main() -> None:
             finally:
                 trees.put(tree)
             caught = outcome == "failed" or (outcome == "hung" and taken[mistake.module] < options.timeout)
-            shown = f"{mistake.file}:{mistake.line} ({mistake.kind}): {_short(mistake.was)} -> {_short(mistake.becomes)}"
+            change = f"{_short(mistake.was)} -> {_short(mistake.becomes)}"
+            shown = f"{mistake.file}:{mistake.line} ({mistake.kind}): {change}"
             print(f"{'caught  ' if caught else 'SURVIVED'} {seconds:5.1f} s  {shown}  {test}", flush=True)
-            return {**{k: v for k, v in asdict(mistake).items() if k not in ("address", "number")}, "outcome": outcome, "caught": caught, "test": test}
+            return {
+                **{k: v for k, v in asdict(mistake).items() if k not in ("address", "number")},
+                "outcome": outcome,
+                "caught": caught,
+                "test": test,
+            }
 
         with ThreadPoolExecutor(options.workers) as pool:
             results = list(pool.map(one, drawn))
@@ -373,7 +508,9 @@ def main() -> None:
     print("\n" + text)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "mutation.md").write_text(text)
-    (options.out / "mutation.json").write_text(json.dumps({"seed": seed, "offered": len(offered), "results": results}, indent=1) + "\n")
+    (options.out / "mutation.json").write_text(
+        json.dumps({"seed": seed, "offered": len(offered), "results": results}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
     python -m benchmarks.overhead [--device cuda] [--quick] [--out benchmarks/results]
 
-All are timed in one process, one thread, float32, in turns; numbers are medians of the turns, in microseconds a step: CPU time on
-the CPU (other processes do not count), wall time with synchronisation on a GPU. The network is one that returns a ready tensor, or
-the digits' U-Net. The noise is a ready tensor in all of them, so that samplers are compared and not generators; what ours costs stands
-in a table of its own, and in the column "sample", which is the whole call of `sample`: grid, table, reproducible noise, checks. Public libraries need the environment of benchmarks/peers.txt; without it their columns stay empty.
+All are timed in one process, one thread, float32, in turns; numbers are medians of the turns, in microseconds
+a step: CPU time on the CPU (other processes do not count), wall time with synchronisation on a GPU. The
+network is one that returns a ready tensor, or the digits' U-Net; it predicts noise for DDIM and DDPM and data
+for the others, except that k-diffusion and azula always get data, their own convention. "table" is
+`tableau.run`, "execute" what solvers call, with its checks. The noise is a ready tensor in all of them, so
+that samplers are compared and not generators; what ours costs stands in a table of its own, and in the column
+"sample", which is the whole call of `sample`: grid, table, reproducible noise, checks. Public libraries need
+the environment of benchmarks/peers.txt; without it their columns stay empty.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from scoresde.tableau import Tableau, run
 from . import peers
 
 STEPS = 50
+LONG = ", 3 times the steps"
 SHAPES = {"1x1x2x4": (1, 1, 2, 4), "16x3x32x32": (16, 3, 32, 32), "64x3x32x32": (64, 3, 32, 32)}
 NOISE_BATCHES = (16, 64, 256)
 LIMIT_LOOP, LIMIT_DIFFUSERS, LIMIT_K_DIFFUSION, LIMIT_RANDN, LIMIT_CALL = 1.5, 1 / 5, 1 / 3, 5.0, 0.05
@@ -63,8 +68,20 @@ class Case:
     times: dict[str, list[float]] = field(default_factory=dict)
 
     def median(self, name: str) -> float | None:
-        taken = self.times.get(name)
-        return statistics.median(taken) / self.steps * 1e6 if taken else None
+        """Microseconds a step. Of what was run with three times the steps too, the slope, so that what is
+        done once a call does not count.
+        """
+        if name not in self.times:
+            return None
+        taken, longer = statistics.median(self.times[name]), self.times.get(name + LONG)
+        if longer:
+            return (statistics.median(longer) - taken) / (2 * self.steps) * 1e6
+        return taken / self.steps * 1e6
+
+    def once(self, name: str) -> float | None:
+        """Microseconds that a call takes beside its steps."""
+        step = self.median(name)
+        return None if step is None else statistics.median(self.times[name]) * 1e6 - step * self.steps
 
 
 class Clock:
@@ -85,27 +102,42 @@ class Clock:
         return (now() - start) / repeats
 
 
-# The same methods written by hand, for a network that predicts noise, with coefficients in Python floats
+# The same methods written by hand, with coefficients in Python floats
 
 
-def loop_first_order(net: nn.Module, x: Tensor, times: Tensor, keep: list[float], mix: list[float], noise: list[float] | None, z: Tensor) -> Tensor:
-    """x <- keep x + mix eps + noise z: DDIM, and ancestral sampling."""
+def loop_one_step(
+    net: nn.Module,
+    x: Tensor,
+    times: Tensor,
+    keep: list[float],
+    gain: list[float],
+    noise: list[float] | None,
+    z: Tensor,
+) -> Tensor:
+    """x <- keep x + gain eps + noise z: DDIM and ancestral sampling with a network that predicts noise."""
     for k in range(len(keep)):
         eps = net(x, times[k].expand(len(x)))
-        x = (x * keep[k]).add_(eps, alpha=mix[k])
+        x = (x * keep[k]).add_(eps, alpha=gain[k])
         if noise is not None:
             x.add_(z, alpha=noise[k])
     return x
 
 
-def loop_data_multistep(
-    net: nn.Module, x: Tensor, times: Tensor, keep: list[float], skip: list[float], out: list[float], mix: list[list[float]], noise: list[float] | None, z: Tensor
+def loop_multistep(
+    net: nn.Module,
+    x: Tensor,
+    times: Tensor,
+    keep: list[float],
+    mix: list[list[float]],
+    noise: list[float] | None,
+    z: Tensor,
 ) -> Tensor:
-    """D = skip x + out eps; x <- keep x + sum_j mix_j D_{k-j} + noise z: DPM-Solver++ 2M, its SDE form, and UniPC."""
+    """x <- keep x + sum_j mix_j D_{k-j} + noise z: DPM-Solver++ 2M, its SDE form and UniPC with a network
+    that predicts data.
+    """
     old: list[Tensor] = []
     for k in range(len(keep)):
-        eps = net(x, times[k].expand(len(x)))
-        data = (x * skip[k]).add_(eps, alpha=out[k])
+        data = net(x, times[k].expand(len(x)))
         x = (x * keep[k]).add_(data, alpha=mix[k][0])
         for m, weight in zip(old, mix[k][1:], strict=False):
             x.add_(m, alpha=weight)
@@ -117,24 +149,39 @@ def loop_data_multistep(
 
 def by_hand(table: Tableau, alpha: Tensor, sigma: Tensor, net: nn.Module, x: Tensor, z: Tensor) -> Run:
     """The loop for a table that remembers D, with its coefficients made ready."""
-    skip, out = (1 / alpha[:-1]), (-sigma / alpha)[:-1]  # D = (x - sigma eps)/alpha
     times = table.times[:-1].to(x)
     noise = table.noise.tolist() if bool(table.noise.any()) else None
-    if table.mix.shape[1] == 1:
-        keep, mix = (table.keep + table.mix[:, 0] * skip).tolist(), (table.mix[:, 0] * out).tolist()
-        return lambda: loop_first_order(net, x, times, keep, mix, noise, z)
-    lists = table.keep.tolist(), skip.tolist(), out.tolist(), table.mix.tolist()
-    return lambda: loop_data_multistep(net, x, times, *lists, noise, z)
+    if table.mix.shape[1] == 1:  # D = (x - sigma eps)/alpha
+        keep = (table.keep + table.mix[:, 0] / alpha[:-1]).tolist()
+        gain = (-table.mix[:, 0] * (sigma / alpha)[:-1]).tolist()
+        return lambda: loop_one_step(net, x, times, keep, gain, noise, z)
+    keep, mix = table.keep.tolist(), table.mix.tolist()
+    return lambda: loop_multistep(net, x, times, keep, mix, noise, z)
 
 
 # Public libraries, each in its own loop with its own conventions, so that no adapter is timed
 
 
-def in_diffusers(name: str, table: Tableau, alpha: Tensor, sigma: Tensor, net: nn.Module, x: Tensor, z: Tensor, **config: Any) -> Run:
+def in_diffusers(
+    name: str,
+    table: Tableau,
+    alpha: Tensor,
+    sigma: Tensor,
+    net: nn.Module,
+    x: Tensor,
+    z: Tensor,
+    **config: Any,
+) -> Run:
     step = {"eta": config.pop("eta")} if "eta" in config else {}
-    scheduler = peers.diffusers_scheduler(name, alpha.float().to(x.device), sigma.float().to(x.device), **config)
+    scheduler = peers.diffusers_scheduler(
+        name, alpha.float().to(x.device), sigma.float().to(x.device), **config
+    )
     module, times = sys.modules[type(scheduler).__module__], table.times[:-1].to(x)
-    rest = {key: value for key, value in vars(scheduler).items() if key in ("_step_index", "lower_order_nums", "last_sample")}
+    rest = {
+        key: value
+        for key, value in vars(scheduler).items()
+        if key in ("_step_index", "lower_order_nums", "last_sample")
+    }
 
     def loop() -> Tensor:
         vars(scheduler).update(rest)
@@ -145,16 +192,20 @@ def in_diffusers(name: str, table: Tableau, alpha: Tensor, sigma: Tensor, net: n
             state = scheduler.step(net(state, times[k].expand(len(x))), node, state, **step).prev_sample
         return state
 
-    return _with_noise(loop, module, "randn_tensor", z) if hasattr(module, "randn_tensor") else loop
+    return _with_noise(loop, module, "randn_tensor", z) if bool(table.noise.any()) else loop
 
 
 def in_k_diffusion(name: str, alpha: Tensor, sigma: Tensor, net: nn.Module, x: Tensor, z: Tensor) -> Run:
     function, levels = getattr(peers.k_diffusion_sampling(), f"sample_{name}"), (sigma / alpha).to(x)
-    options: dict[str, Any] = {"noise_sampler": lambda *levels: z} if "sde" in name or "ancestral" in name else {}
-    return _with_noise(lambda: function(net, x, levels, disable=True, **options), torch, "randn_like", z)
+    options: dict[str, Any] = (
+        {"noise_sampler": lambda *levels: z} if "sde" in name or "ancestral" in name else {}
+    )
+    return lambda: function(net, x, levels, disable=True, **options)
 
 
-def in_azula(name: str, table: Tableau, sde: VPSDE, net: nn.Module, x: Tensor, z: Tensor, **options: Any) -> Run:
+def in_azula(
+    name: str, table: Tableau, sde: VPSDE, net: nn.Module, x: Tensor, z: Tensor, **options: Any
+) -> Run:
     nodes = {float(t): (sde.alpha(t).to(x), sde.sigma(t).to(x)) for t in table.times.float()}
     whole = sde.alpha(table.times).to(x), sde.sigma(table.times).to(x)
 
@@ -162,8 +213,14 @@ def in_azula(name: str, table: Tableau, sde: VPSDE, net: nn.Module, x: Tensor, z
         return whole if t.ndim else nodes[float(t)]
 
     times = table.times.to(x)
-    sampler = peers.azula_sampler(name, times, schedule, lambda state, t: net(state, t.expand(len(state))), **options)
-    return _with_noise(lambda: sampler(x), torch, "randn_like", z)
+    sampler = peers.azula_sampler(
+        name, times, schedule, lambda state, t: net(state, t.expand(len(state))), **options
+    )
+    return (
+        _with_noise(lambda: sampler(x), torch, "randn_like", z)
+        if bool(table.noise.any())
+        else lambda: sampler(x)
+    )
 
 
 def _with_noise(function: Run, module: Any, name: str, z: Tensor) -> Run:
@@ -178,13 +235,19 @@ METHODS: dict[str, tuple[Any, tuple[str, dict] | None, str | None, tuple[str, di
     # ours, diffusers, k-diffusion, azula
     "DDIM": (solvers.ddim(), ("DDIMScheduler", {"eta": 0.0}), "euler", ("DDIMSampler", {})),
     "DPM-Solver++ 2M": (
-        solvers.dpmpp(2), ("DPMSolverMultistepScheduler", {"solver_order": 2}), "dpmpp_2m", ("xEABSampler", {"order": 2})
+        solvers.dpmpp(2),
+        ("DPMSolverMultistepScheduler", {"solver_order": 2}),
+        "dpmpp_2m",
+        ("xEABSampler", {"order": 2}),
     ),
     "UniPC-3": (solvers.unipc(3), ("UniPCMultistepScheduler", {"solver_order": 3}), None, None),
     "DDPM ancestral": (solvers.ddpm(), ("DDPMScheduler", {}), "euler_ancestral", ("DDPMSampler", {})),
     "SDE-DPM-Solver++ 2M": (
         solvers.sde_dpmpp(2),
-        ("DPMSolverMultistepScheduler", {"solver_order": 2, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
+        (
+            "DPMSolverMultistepScheduler",
+            {"solver_order": 2, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+        ),
         "dpmpp_2m_sde",
         None,
     ),
@@ -196,20 +259,35 @@ def case(method: str, network: str, shape: tuple[int, ...], device: torch.device
     solver, diffusers, k_diffusion, azula = METHODS[method]
     sde = VPSDE()
     net = (Ready(shape, device) if network == "ready" else digits_unet(shape[1])).to(device).eval()
-    model = Denoiser(net, sde, "noise").eval()
+    multistep = "DPM" in method.replace("DDPM", "") or "UniPC" in method
+    model = Denoiser(net, sde, "data" if multistep else "noise").eval()
     grid = grids.log_snr(sde, steps)
     table = solver.tableau(sde, grid)
     alpha, sigma = sde.alpha(table.times), sde.sigma(table.times)
     x, z = torch.randn(shape, device=device), torch.randn(shape, device=device)
     rows = model.rows(table.times[:-1], x)
+    longer = grids.log_snr(sde, 3 * steps)
+    long_table = solver.tableau(sde, longer)
     runs: dict[str, Run] = {
         "loop": by_hand(table, alpha, sigma, net, x, z),
         "table": lambda: run(table, rows, x, lambda k, shape: z),
         "execute": lambda: execute(table, model, x, noise=lambda k, shape: z),
-        "sample": lambda: sample(model, shape, solver, grid=grids.log_snr, steps=steps),
+        "execute" + LONG: lambda: execute(long_table, model, x, noise=lambda k, shape: z),
+        "sample": lambda: sample(model, shape, solver, grid=grid),
+        "sample" + LONG: lambda: sample(model, shape, solver, grid=longer),
     }
     if diffusers and not peers.missing("diffusers"):
-        runs["diffusers"] = in_diffusers(diffusers[0], table, alpha, sigma, net, x, z, **diffusers[1])
+        runs["diffusers"] = in_diffusers(
+            diffusers[0],
+            table,
+            alpha,
+            sigma,
+            net,
+            x,
+            z,
+            **diffusers[1],
+            prediction_type="sample" if multistep else "epsilon",
+        )
     if k_diffusion and not peers.missing("k-diffusion"):
         runs["k-diffusion"] = in_k_diffusion(k_diffusion, alpha, sigma, net, x, z)
     if azula and not peers.missing("azula"):
@@ -237,7 +315,9 @@ def in_graph(function: Run) -> Run:
 
 
 def measure(cases: list[Case], clock: Clock, turns: int, least: float) -> None:
-    """Fill in the times, turn by turn over everything; each entry of a turn takes at least `least` seconds, one run being more than that."""
+    """Fill in the times, turn by turn over everything; each entry of a turn takes at least `least` seconds,
+    one run being more than that.
+    """
     for one in cases:
         for function in one.runs.values():
             function()  # warm
@@ -245,7 +325,9 @@ def measure(cases: list[Case], clock: Clock, turns: int, least: float) -> None:
             names = list(one.runs)
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 first = one.times[name][0] if turn else clock(one.runs[name])
-                one.times.setdefault(name, []).append(clock(one.runs[name], max(1, round(least / max(first, 1e-6)))))
+                one.times.setdefault(name, []).append(
+                    clock(one.runs[name], max(1, round(least / max(first, 1e-6))))
+                )
 
 
 def noise_costs(device: torch.device, clock: Clock, turns: int) -> list[dict[str, Any]]:
@@ -256,7 +338,10 @@ def noise_costs(device: torch.device, clock: Clock, turns: int) -> list[dict[str
             noise = Noise.of(0, batch=batch, device=device, dtype=torch.float32)
             x, time_ = torch.randn(shape, device=device), torch.rand(batch, device=device)
             net = digits_unet(1).to(device).eval()
-            runs: dict[str, Run] = {"noise": lambda noise=noise, shape=shape: noise(3, shape), "randn": lambda x=x: torch.randn_like(x)}
+            runs: dict[str, Run] = {
+                "noise": lambda noise=noise, shape=shape: noise(3, shape),
+                "randn": lambda x=x: torch.randn_like(x),
+            }
             if shape[1] == 1:
                 runs["U-Net"] = lambda net=net, x=x, time_=time_: net(x, time_)
             one = Case("", "", "x".join(map(str, shape)), runs, steps=1)
@@ -276,10 +361,21 @@ def verdicts(cases: list[Case], noise: list[dict[str, Any]]) -> list[tuple[str, 
     for one in cases:
         where = f"{one.method}, {one.network}, {one.shape}"
         for ours in OURS:
-            for other, limit in (("loop", LIMIT_LOOP), ("diffusers", LIMIT_DIFFUSERS), ("k-diffusion", LIMIT_K_DIFFUSION)):
+            for other, limit in (
+                ("loop", LIMIT_LOOP),
+                ("diffusers", LIMIT_DIFFUSERS),
+                ("k-diffusion", LIMIT_K_DIFFUSION),
+            ):
                 mine, theirs = one.median(ours), one.median(other)
                 if mine and theirs and (other == "loop" or one.network == "ready"):
                     rule(f"{ours} / {other}, {one.network} {one.shape}", mine / theirs, limit, where)
+                    if other != "loop" and ours == "table":
+                        rule(
+                            f"loop / {other}, {one.network} {one.shape}",
+                            (one.median("loop") or 0.0) / theirs,
+                            limit,
+                            where,
+                        )
     for row in noise:
         rule(f"noise / randn, {row['shape']}", row["noise"] / row["randn"], LIMIT_RANDN, row["shape"])
         if "U-Net" in row:
@@ -287,25 +383,57 @@ def verdicts(cases: list[Case], noise: list[dict[str, Any]]) -> list[tuple[str, 
     return [(f"{name} (worst: {where})", ratio, limit) for name, (ratio, limit, where) in found.items()]
 
 
-COLUMNS = ("loop", "table", "execute", "sample", "graph", "diffusers", "k-diffusion", "azula")
+COLUMNS = (
+    "loop",
+    "table",
+    "execute",
+    "sample",
+    "graph",
+    "diffusers",
+    "k-diffusion",
+    "azula",
+)  # microseconds a step
 
 
-def report(cases: list[Case], noise: list[dict[str, Any]], rules: list[tuple[str, float, float]], device: str) -> str:
+def report(
+    cases: list[Case], noise: list[dict[str, Any]], rules: list[tuple[str, float, float]], device: str
+) -> str:
     shown = [c for c in COLUMNS if any(c in one.times for one in cases)]
-    head = ["method", "network", "state", *shown, "table/loop", "execute/loop"]
-    lines = [f"Microseconds a step, medians. {device}, torch {torch.__version__}, one thread, float32.", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head = [
+        "method",
+        "network",
+        "state",
+        *shown,
+        "table/loop",
+        "execute/loop",
+        "once a call: execute",
+        "sample",
+    ]
+    lines = [
+        f"Microseconds a step, medians. {device}, torch {torch.__version__}, one thread, float32.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
     for one in cases:
         loop = one.median("loop") or float("nan")
         numbers = [_number(one.median(c)) for c in shown]
         ratios = [f"{(one.median(c) or float('nan')) / loop:.2f}" for c in OURS]
-        lines.append("| " + " | ".join([one.method, one.network, one.shape, *numbers, *ratios]) + " |")
+        once = [_number(one.once(c)) for c in ("execute", "sample")]
+        lines.append("| " + " | ".join([one.method, one.network, one.shape, *numbers, *ratios, *once]) + " |")
     lines += ["", "| state | noise | randn | ratio | U-Net call | share |", "|---|---|---|---|---|---|"]
     for row in noise:
         share = f"{row['noise'] / row['U-Net']:.1%}" if "U-Net" in row else ""
         ratio = f"{row['noise'] / row['randn']:.2f}"
-        lines.append(f"| {row['shape']} | {_number(row['noise'])} | {_number(row['randn'])} | {ratio} | {_number(row.get('U-Net'))} | {share} |")
+        lines.append(
+            f"| {row['shape']} | {_number(row['noise'])} | {_number(row['randn'])} | {ratio} "
+            f"| {_number(row.get('U-Net'))} | {share} |"
+        )
     lines += ["", "| rule | worst ratio | limit | |", "|---|---|---|---|"]
-    lines += [f"| {name} | {ratio:.3f} | {limit:.3f} | {'pass' if ratio <= limit else 'FAIL'} |" for name, ratio, limit in rules]
+    lines += [
+        f"| {name} | {ratio:.3f} | {limit:.3f} | {'pass' if ratio <= limit else 'FAIL'} |"
+        for name, ratio, limit in rules
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -314,17 +442,26 @@ def _number(value: float | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer turns, no U-Net")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of overhead.json and overhead.md")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder of overhead.json and overhead.md",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device, turns = torch.device(options.device), 5 if options.quick else 15
     clock = Clock(device)
     with torch.no_grad():
-        cases = [case(method, "ready", shape, device, STEPS) for shape in SHAPES.values() for method in METHODS]
+        cases = [
+            case(method, "ready", shape, device, STEPS) for shape in SHAPES.values() for method in METHODS
+        ]
         measure(cases, clock, turns, 0.01)
         if not options.quick:
             with_network = [case(method, "U-Net", (16, 1, 8, 8), device, 10) for method in METHODS]
@@ -332,7 +469,11 @@ def main() -> None:
             cases += with_network
         noise = noise_costs(device, clock, turns)
     rules = verdicts(cases, noise)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     text = report(cases, noise, rules, name)
     print(text)
     for library in ("diffusers", "k-diffusion", "azula"):
@@ -344,7 +485,13 @@ def main() -> None:
         "device": name,
         "torch": torch.__version__,
         "microseconds_per_step": [
-            {"method": c.method, "network": c.network, "state": c.shape, **{key: c.median(key) for key in c.runs}} for c in cases
+            {
+                "method": c.method,
+                "network": c.network,
+                "state": c.shape,
+                **{key: c.median(key) for key in c.runs if LONG not in key},
+            }
+            for c in cases
         ],
         "noise": noise,
         "rules": [{"rule": n, "ratio": r, "limit": limit, "pass": r <= limit} for n, r, limit in rules],

@@ -2,9 +2,10 @@
 
     peer(task, x) -> x at task.t[-1], for x at task.t[0]
 
-The libraries live in an environment of their own, made from benchmarks/peers.txt. Two levels: `k_diffusion`, `diffusers` and
-`azula` return peers; the functions with a leading library and a trailing noun (`k_diffusion_sampling`, `diffusers_scheduler`,
-`azula_sampler`) give the library's own object on our grid, for those who want to measure it alone.
+The libraries live in an environment of their own, made from benchmarks/peers.txt. Two levels: `k_diffusion`,
+`diffusers` and `azula` return peers; the functions with a leading library and a trailing noun
+(`k_diffusion_sampling`, `diffusers_scheduler`, `azula_sampler`) give the library's own object on our grid,
+for those who want to measure it alone.
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ from torch import Tensor
 
 from scoresde.sde import LinearSDE
 
-LIBRARIES = {"diffusers": "diffusers", "k-diffusion": "k_diffusion", "azula": "azula", "torchdiffeq": "torchdiffeq"}
+LIBRARIES = {
+    "diffusers": "diffusers",
+    "k-diffusion": "k_diffusion",
+    "azula": "azula",
+    "torchdiffeq": "torchdiffeq",
+}
 RECIPE = "make the environment that the head of benchmarks/peers.txt describes, and use its Python"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a sampler is given. `t` (N + 1,) decreasing float64 times; `denoise(x, t)` is E[x_0 | x_t = x] at a 0-dim t; `noise(k)`
-    gives the normals of the k-th request, shaped like x."""
+    """What a sampler is given. `t` (N + 1,) decreasing float64 times; `denoise(x, t)` is E[x_0 | x_t = x] at
+    a 0-dim t; `noise(k)` gives the normals of the k-th request, shaped like x.
+    """
 
     sde: LinearSDE
     t: Tensor
@@ -89,7 +96,9 @@ def _import(library: str, module: str) -> Any:
 
 @cache
 def k_diffusion_sampling() -> Any:
-    """The module k_diffusion.sampling alone; importing the package would ask for torchvision, clip, wandb and others."""
+    """The module k_diffusion.sampling alone; importing the package would ask for torchvision, clip, wandb and
+    others.
+    """
     package = types.ModuleType("k_diffusion")
     spec = importlib.util.find_spec("k_diffusion")
     if spec is None or spec.submodule_search_locations is None:
@@ -138,9 +147,15 @@ def k_diffusion(name: str, **options: Any) -> Peer:
         if "ancestral" in name or "sde" in name:
             more["noise_sampler"] = noise
         span: tuple = (levels,)
-        if name == "dpm_fast":  # levels as tensors, and a default dtype, because it makes its own grid in that
+        if (
+            name == "dpm_fast"
+        ):  # levels as tensors, and a default dtype, because it makes its own grid in that
             span = (levels[-1], levels[0], len(levels) - 1)
-        with mock.patch.object(torch, "randn_like", noise), _default_dtype(x.dtype), warnings.catch_warnings():
+        with (
+            mock.patch.object(torch, "randn_like", noise),
+            _default_dtype(x.dtype),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             y = function(model, x / task.alpha[0].to(x), *span, disable=True, **more)
         return y * task.alpha[-1].to(x)
@@ -165,7 +180,8 @@ TABLE_SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
 
 
 def diffusers_scheduler(name: str, alpha: Tensor, sigma: Tensor, **config: Any) -> Any:
-    """A scheduler of VP type on N + 1 nodes with these alpha, sigma, in their dtype; timestep j is node N - 1 - j.
+    """A scheduler of VP type on N + 1 nodes with these alpha, sigma, in their dtype; timestep j is node N - 1
+    - j.
 
     Its own grids and its float32 tables are replaced; what it computes from them is untouched.
     """
@@ -194,7 +210,11 @@ def diffusers(name: str, eta: float | None = None, **config: Any) -> Peer:
         scheduler = diffusers_scheduler(name, task.alpha.to(x.device), task.sigma.to(x.device), **config)
         module, noise = sys.modules[type(scheduler).__module__], task.source()
         alpha, sigma = task.alpha.to(x), task.sigma.to(x)
-        patched = mock.patch.object(module, "randn_tensor", noise) if hasattr(module, "randn_tensor") else _nothing()
+        patched = (
+            mock.patch.object(module, "randn_tensor", noise)
+            if hasattr(module, "randn_tensor")
+            else _nothing()
+        )
         options = {} if eta is None else {"eta": eta}
         with patched, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -215,7 +235,13 @@ def _nothing() -> Iterator[None]:
 # azula: any alpha(t), sigma(t)
 
 
-def azula_sampler(name: str, t: Tensor, schedule: Callable[[Tensor], tuple[Tensor, Tensor]], mean: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Any:
+def azula_sampler(
+    name: str,
+    t: Tensor,
+    schedule: Callable[[Tensor], tuple[Tensor, Tensor]],
+    mean: Callable[[Tensor, Tensor], Tensor],
+    **options: Any,
+) -> Any:
     """A sampler on the nodes `t`; `mean(x, t)` is the denoiser."""
     sample, denoise = _import("azula", "azula.sample"), _import("azula", "azula.denoise")
     parent = getattr(sample, name)
@@ -264,5 +290,9 @@ PEERS: dict[str, tuple[Peer, int]] = {  # the samplers that people use, with net
     **{f"diffusers UniPC-{p}": (diffusers("UniPCMultistepScheduler", solver_order=p), 1) for p in (2, 3)},
     "azula Euler": (azula("EulerSampler"), 1),
     "azula Heun": (azula("HeunSampler"), 2),
-    **{f"azula {q}-{p}": (azula(f"{q}Sampler", order=p), 1) for q in ("zAB", "vAB", "zEAB", "xEAB", "REAB") for p in (2, 3)},
+    **{
+        f"azula {q}-{p}": (azula(f"{q}Sampler", order=p), 1)
+        for q in ("zAB", "vAB", "zEAB", "xEAB", "REAB")
+        for p in (2, 3)
+    },
 }

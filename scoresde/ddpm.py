@@ -128,11 +128,13 @@ class DDPM:
 
     def transition(self, x_j: Tensor, j: Index, i: Index) -> tuple[Tensor, Tensor]:
         """Mean and variance of `q(x_i | x_j)`, j < i; j = 0 is the data. (B,) indices go pairwise."""
-        first, last = self._index(j, lowest=0), self._index(i)
-        if not holds(first.to(last.device) < last):
+        last = self._index(i)
+        first = self._index(j, lowest=0).to(last.device)
+        if not holds(first < last):
             raise ValueError(f"expected j < i, found j = {_extremes(first)}, i = {_extremes(last)}")
-        bars = torch.cat([self.log_alpha_bars.new_zeros(1), self.log_alpha_bars])  # alpha_bar_0 = 1
-        gap = bars.to(last.device)[last] - bars.to(first.device)[first].to(last.device)
+        # alpha_bar_0 = 1
+        bars = torch.cat([self.log_alpha_bars.new_zeros(1), self.log_alpha_bars]).to(last.device)
+        gap = bars[last] - bars[first]
         return like((0.5 * gap).exp(), x_j) * x_j, like(self._noise(gap), x_j)
 
     def posterior(self, x_t: Tensor, x_0: Tensor, i: Index) -> tuple[Tensor, Tensor]:

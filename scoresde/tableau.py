@@ -250,7 +250,9 @@ def loop(
     before: Callable[[int, Tensor, Tensor], None] | None = None,
     after: Callable[[Tensor], Tensor | None] | None = None,
 ) -> Tensor:
-    """The part of `run` that works on tensors: what torch.compile traces as one graph, and a CUDA graph captures."""
+    """The part of `run` that works on tensors: what torch.compile traces as one graph, and a CUDA graph
+    captures.
+    """
     if not x.is_floating_point():
         raise TypeError(f"expected a floating state, found {x.dtype}; scale integer images to floats first")
     width = len(c.mix[0]) - 1

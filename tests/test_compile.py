@@ -39,7 +39,9 @@ def prepared(solver, device):
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_the_whole_loop_is_one_graph(solver, device, unchecked):
-    """Traced as a whole (`fullgraph` raises at a break), with a backend that runs the graph as it is: no compiler needed."""
+    """Traced as a whole (`fullgraph` raises at a break), with a backend that runs the graph as it is: no
+    compiler needed.
+    """
     numbers, evaluate, x, z = prepared(solver, device)
     graphs = []
 
@@ -58,7 +60,9 @@ def test_the_whole_loop_is_one_graph(solver, device, unchecked):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on the CPU"
+)
 def test_the_compiled_loop_gives_the_same_samples(device, unchecked):
     numbers, evaluate, x, z = prepared(solvers.dpmpp(2), device)
 

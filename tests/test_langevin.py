@@ -1,4 +1,4 @@
-"""Langevin dynamics: the laws of chains and correctors, most of them exact because everything is affine on Gaussians."""
+"""Langevin dynamics: laws of chains and correctors, mostly exact, for on Gaussians everything is affine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def gaussian(mean: float = 0.7, variance: float = 0.25) -> Gaussian:
 
 
 def units(rows: int) -> tuple[Tensor, Callable[[int, Sequence[int]], Tensor]]:
-    """A batch that reads off affine maps: sample 0 starts at 0, sample 1 at 1, sample 2 + k has noise row k equal to 1."""
+    """A batch that reads off affine maps: sample 0 starts at 0, sample 1 at 1, sample 2 + k has noise row k
+    equal to 1."""
     start = torch.zeros(rows + 2, 1, dtype=F64)
     start[1] = 1
 
@@ -90,12 +91,13 @@ class Broken(ExactDenoiser):
         return self._spoil(super().score(x, t), t)
 
 
-# --- at a fixed time -----------------------------------------------------------------------------------------
+# --- at a fixed time ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("share", "t"), [(0.05, 0.3), (0.7, 0.05), (1.0, 0.6), (1.9, 0.9)])
 def test_the_stationary_law_of_the_unadjusted_chain(share, t):
-    """N(m, v/(1 - step/(2v))), from the chain's own affine map: the variance after n steps is a geometric series."""
+    """N(m, v/(1 - step/(2v))), from the chain's own affine map: the variance after n steps is a geometric
+    series."""
     law = gaussian()
     marginal = law.marginal(VP, t)
     v, n = float(marginal.variance), 15
@@ -117,7 +119,9 @@ def test_every_sample_may_have_its_own_step(device):
     both = langevin(law.denoiser(VP).to(device), x, 0.4, step=step, steps=3, noise=noise)
     for i in range(2):
         one = Noise.of(1, [i], device=device, dtype=F64)
-        alone = langevin(law.denoiser(VP).to(device), x[i : i + 1], 0.4, step=float(step[i]), steps=3, noise=one)
+        alone = langevin(
+            law.denoiser(VP).to(device), x[i : i + 1], 0.4, step=float(step[i]), steps=3, noise=one
+        )
         assert torch.equal(alone.x, both.x[i : i + 1])
 
 
@@ -127,7 +131,8 @@ def _log_normal(x: Sequence[float], mean: Sequence[float], variance: float) -> f
 
 
 def test_acceptance_by_hand():
-    """One proposal in two dimensions, R from its definition in plain Python; a uniform just below and above it."""
+    """One proposal in two dimensions, R from its definition in plain Python; a uniform just below and above
+    it."""
     t, step, weights, means, variance = 0.3, 0.35, (0.4, 0.6), ((-1.0, 0.5), (0.8, -0.2)), 0.3
     model = Mixture(list(weights), torch.tensor(means, dtype=F64), variance).denoiser(VP)
     alpha, sigma = float(VP.alpha(t)), float(VP.sigma(t))
@@ -135,11 +140,16 @@ def test_acceptance_by_hand():
     centers = [[alpha * c for c in m] for m in means]
 
     def log_p(x):
-        return math.log(sum(w * math.exp(_log_normal(x, m, v)) for w, m in zip(weights, centers, strict=True)))
+        return math.log(
+            sum(w * math.exp(_log_normal(x, m, v)) for w, m in zip(weights, centers, strict=True))
+        )
 
     def score(x):
         terms = [w * math.exp(_log_normal(x, m, v)) for w, m in zip(weights, centers, strict=True)]
-        return [sum(w * (m[i] - x[i]) for w, m in zip(terms, centers, strict=True)) / v / sum(terms) for i in (0, 1)]
+        return [
+            sum(w * (m[i] - x[i]) for w, m in zip(terms, centers, strict=True)) / v / sum(terms)
+            for i in (0, 1)
+        ]
 
     x, z = [0.9, -0.4], [-1.1, 1.4]
     new = [a + step * s + math.sqrt(2 * step) * e for a, s, e in zip(x, score(x), z, strict=True)]
@@ -151,7 +161,9 @@ def test_acceptance_by_hand():
     for shift, accepted in ((-1e-9, True), (1e-9, False)):
         rows = [torch.tensor([z], dtype=F64), torch.tensor([[edge + shift]], dtype=F64)]
         start = torch.tensor([x], dtype=F64)
-        chain = mala(model, start, t, step=step, steps=1, noise=lambda k, shape, rows=rows: rows[k].view(shape))
+        chain = mala(
+            model, start, t, step=step, steps=1, noise=lambda k, shape, rows=rows: rows[k].view(shape)
+        )
         expected = torch.tensor([new if accepted else x], dtype=F64)
         torch.testing.assert_close(chain.x, expected, rtol=0, atol=1e-12)
         assert chain.acceptance.tolist() == [float(accepted)] and chain.network_calls == 2
@@ -174,14 +186,18 @@ def test_a_rejected_chain_goes_on_from_where_it_was():
 def _distance(x: Tensor, law: Mixture) -> float:
     """Kolmogorov's distance of a sample in one dimension to a mixture of equal standard deviations."""
     x = x.flatten().sort().values
-    mean, std = law.means.flatten(), (law.variance - ((law.means.flatten() - law.mean) ** 2 * law.weights).sum()).sqrt()
+    mean, std = (
+        law.means.flatten(),
+        (law.variance - ((law.means.flatten() - law.mean) ** 2 * law.weights).sum()).sqrt(),
+    )
     F = (torch.special.ndtr((x[:, None] - mean) / std) * law.weights).sum(1)
     above = torch.arange(1, len(x) + 1, dtype=F64) / len(x)
     return float(torch.maximum((above - F).abs(), (above - 1 / len(x) - F).abs()).max())
 
 
 def test_the_adjusted_chain_keeps_the_law_and_the_unadjusted_does_not(alpha_ledger):
-    """20000 chains of 40 steps from the law itself. The Dvoretzky-Kiefer-Wolfowitz bound; the power is shown by the twin."""
+    """20000 chains of 40 steps from the law itself. The Dvoretzky-Kiefer-Wolfowitz bound; the power is shown
+    by the twin."""
     n, t, step = 20000, 0.2, 0.4
     law = Mixture([0.3, 0.7], torch.tensor([-1.0, 0.8], dtype=F64), 0.2)
     marginal, model = law.marginal(VP, t), law.denoiser(VP)
@@ -199,7 +215,8 @@ def test_acceptance_goes_to_one_with_the_step():
     model, noise = gaussian().denoiser(VP), Noise.of(5, batch=20000, dtype=F64)
     x = gaussian().marginal(VP, 0.2).sample(20000, generator=torch.Generator().manual_seed(3))
     lost = [
-        1 - float(mala(model, x, 0.2, step=step, steps=2, noise=noise).acceptance.mean()) for step in (0.4, 0.04, 0.004)
+        1 - float(mala(model, x, 0.2, step=step, steps=2, noise=noise).acceptance.mean())
+        for step in (0.4, 0.04, 0.004)
     ]
     assert lost[0] > 15 * lost[1] > 200 * lost[2] and lost[2] < 1e-3, lost
 
@@ -208,7 +225,9 @@ def test_mala_takes_any_log_density():
     model, noise = gaussian().denoiser(VP), Noise.of(5, batch=6, dtype=F64)
     x = noise.prior((6, 1))
     own = mala(model, x, 0.2, step=0.3, steps=5, noise=noise)
-    given_ = mala(model, x, 0.2, step=0.3, steps=5, noise=noise, log_prob=lambda x, t: model.log_prob(x, t) + 5)
+    given_ = mala(
+        model, x, 0.2, step=0.3, steps=5, noise=noise, log_prob=lambda x, t: model.log_prob(x, t) + 5
+    )
     torch.testing.assert_close(own.x, given_.x, rtol=0, atol=1e-12)
     nowhere = mala(model, x, 0.2, step=0.3, steps=5, noise=noise, log_prob=lambda x, t: x[:, 0] * math.nan)
     assert torch.equal(nowhere.x, x) and float(nowhere.acceptance.max()) == 0
@@ -217,7 +236,7 @@ def test_mala_takes_any_log_density():
     assert [k for k, _ in seen] == list(range(5)) and torch.equal(seen[-1][1], own.x)
 
 
-# --- predictor-corrector -------------------------------------------------------------------------------------
+# --- predictor-corrector ------------------------------------------------------------------------------------
 
 PREDICTORS = [
     solvers.ddpm(),
@@ -235,14 +254,25 @@ PREDICTORS = [
 def test_no_corrections_are_the_predictor_bit_for_bit(predictor, device, dtype):
     model = gaussian().denoiser(VP).to(device)
     plain = sample(model, (3, 1), predictor, steps=7, seed=4, dtype=dtype, callback=lambda s: s.denoised)
-    pc = sample(model, (3, 1), predictor_corrector(predictor, 0), steps=7, seed=4, dtype=dtype, callback=lambda s: s.denoised)
+    pc = sample(
+        model,
+        (3, 1),
+        predictor_corrector(predictor, 0),
+        steps=7,
+        seed=4,
+        dtype=dtype,
+        callback=lambda s: s.denoised,
+    )
     assert torch.equal(plain.x, pc.x) and plain.network_calls == pc.network_calls and plain.end == pc.end
     assert all(torch.equal(a, b) for a, b in zip(plain.path, pc.path, strict=True))
     assert predictor_corrector(predictor, 0).card.stochastic == predictor.card.stochastic
 
 
-def _by_hand(sde: LinearSDE, law: Gaussian, table, grid, M: int, snr: float, nodes: list[int]) -> tuple[float, float]:
-    """The law after predictor and corrector in scalar recursions on unit vectors; `nodes` are the rows that end at nodes."""
+def _by_hand(
+    sde: LinearSDE, law: Gaussian, table, grid, M: int, snr: float, nodes: list[int]
+) -> tuple[float, float]:
+    """The law after predictor and corrector in scalar recursions on unit vectors; `nodes` are the rows that
+    end at nodes."""
     K, center, spread = len(table), float(law.mean), float(law.variance)
     unit = torch.eye(2 + K + M * len(nodes), dtype=F64)
     x, outputs, extra = unit[1], [], 2 + K
@@ -251,7 +281,11 @@ def _by_hand(sde: LinearSDE, law: Gaussian, table, grid, M: int, snr: float, nod
         v = alpha**2 * spread + sigma**2
         D = center * unit[0] + alpha * spread / v * (x - alpha * center * unit[0])
         outputs.insert(0, table.skip[k] * x + table.out[k] * D)
-        x = table.keep[k] * x + sum(w * m for w, m in zip(table.mix[k], outputs, strict=False)) + table.noise[k] * unit[2 + k]
+        x = (
+            table.keep[k] * x
+            + sum(w * m for w, m in zip(table.mix[k], outputs, strict=False))
+            + table.noise[k] * unit[2 + k]
+        )
         if k in nodes:
             j = nodes.index(k) + 1
             alpha, sigma = float(sde.alpha(grid.t[j])), float(sde.sigma(grid.t[j]))
@@ -267,7 +301,12 @@ def _by_hand(sde: LinearSDE, law: Gaussian, table, grid, M: int, snr: float, nod
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp", "unipc", "heun"])
 def test_the_law_with_the_deterministic_norm(sde, name):
     """Exact output law on Gaussian data: corrections at the nodes, at the new time, with the history kept."""
-    predictor = {"ddpm": solvers.ddpm(), "dpmpp": solvers.dpmpp(2), "unipc": solvers.unipc(2), "heun": solvers.heun()}[name]
+    predictor = {
+        "ddpm": solvers.ddpm(),
+        "dpmpp": solvers.dpmpp(2),
+        "unipc": solvers.unipc(2),
+        "heun": solvers.heun(),
+    }[name]
     law, steps, M, snr = gaussian(), 9, 2, 0.3
     for end in (None, 0.0):
         grid = grids.karras(sde, steps, end)
@@ -281,7 +320,9 @@ def test_the_law_with_the_deterministic_norm(sde, name):
         assert out.network_calls == len(table) + M * corrected
         mean, variance = law_of(out.x, 0.0, sde.prior_std**2)
         expected = _by_hand(sde, law, table, grid, M, snr, nodes)
-        assert mean == pytest.approx(expected[0], abs=1e-11) and variance == pytest.approx(expected[1], abs=1e-11)
+        assert mean == pytest.approx(expected[0], abs=1e-11) and variance == pytest.approx(
+            expected[1], abs=1e-11
+        )
 
 
 def test_the_corrector_improves_the_law():
@@ -319,7 +360,9 @@ def test_a_sample_does_not_depend_on_its_batch(solver, device, dtype):
     model = Gaussian(torch.zeros(3, 2, 2, dtype=F64), 0.3).denoiser(VP).to(device)
     options = {"steps": 5, "seed": 9, "dtype": dtype}
     eight = sample(model, (8, 3, 2, 2), solver, **options).x
-    assert torch.equal(sample(model, (4, 3, 2, 2), solver, ids=[6, 1, 0, 3], **options).x, eight[[6, 1, 0, 3]])
+    assert torch.equal(
+        sample(model, (4, 3, 2, 2), solver, ids=[6, 1, 0, 3], **options).x, eight[[6, 1, 0, 3]]
+    )
     assert torch.equal(sample(model, (1, 3, 2, 2), solver, ids=[5], **options).x, eight[[5]])
 
 
@@ -339,7 +382,7 @@ def test_the_historical_norm_couples_the_batch():
 
 @pytest.mark.parametrize("norm", ["sample", "batch", "sigma"])
 def test_a_score_of_zero_stays_finite(norm, dtype):
-    """Without a score the step is the bound: eps = 2 a (alpha^2 + sigma^2), so x changes by 2 spread z at most."""
+    """Without a score the step is the bound: eps = 2 a (alpha^2 + sigma^2), so x changes by 2 spread z."""
     grid, noise = grids.uniform(VP, 1, 0.3), Noise.of(0, batch=3, dtype=dtype)
     x = noise.prior((3, 4))
     model = Zero(Gaussian(torch.zeros(4, dtype=F64), 0.3), VP)
@@ -358,7 +401,7 @@ def test_predictors_that_skip_nodes_are_refused():
             predictor_corrector(predictor).solve(model, noise.prior((2, 1)), grid, noise=noise)
 
 
-# --- annealed ------------------------------------------------------------------------------------------------
+# --- annealed -----------------------------------------------------------------------------------------------
 
 
 def test_annealed_by_hand():
@@ -387,7 +430,7 @@ def test_annealed_by_hand():
 
 
 def test_annealed_depends_on_noise_levels_only():
-    """In y = x/alpha the same numbers for VP and EDM on nodes of equal lam; so on any start that is the same y."""
+    """In y = x/alpha the same numbers for VP and EDM on nodes of equal lam and a start of equal y."""
     lam = torch.linspace(-2, 3, 6, dtype=F64)
     edm, law, solver = EDM(), gaussian(), annealed_langevin(2, 0.15)
     noise, y = Noise.of(1, batch=4, dtype=F64), torch.linspace(-3, 3, 4, dtype=F64)[:, None]
@@ -400,7 +443,8 @@ def test_annealed_depends_on_noise_levels_only():
 
 
 def test_annealed_approaches_the_law():
-    """Bias only of the step, when levels are close and steps many: variance v/(1 - step/2 sigma^2/v) at the last level."""
+    """Bias only of the step, when levels are close and steps many: variance v/(1 - step/2 sigma^2/v) at the
+    last level."""
     law, step, end = gaussian(), 0.05, 0.4
     found = annealed_langevin(150, step).tableau(VP, grids.log_snr(VP, 8, end)).law(law, VP)
     truth = law.marginal(VP, end)
@@ -414,14 +458,14 @@ def test_annealed_approaches_the_law():
 def test_annealed_from_pure_noise(steps, end):
     """Rectified flow starts without signal: the first row is DDIM's, which says alpha E[x_0] + sigma z."""
     table = annealed_langevin(2).tableau(Rectified(), grids.log_snr(Rectified(), steps, end))
-    first = solvers.ddim().tableau(Rectified(), table.times[:1].tolist() and grids.log_snr(Rectified(), steps, end))
+    first = solvers.ddim().tableau(Rectified(), grids.log_snr(Rectified(), steps, end))
     for key in ("keep", "mix", "noise"):
         torch.testing.assert_close(getattr(table, key)[0], getattr(first, key)[0], rtol=1e-12, atol=1e-14)
     tail = end == 0.0
     assert len(table) == 1 + 2 * (steps - tail) + (1 if tail and steps > 1 else 0)
 
 
-# --- care ----------------------------------------------------------------------------------------------------
+# --- care ---------------------------------------------------------------------------------------------------
 
 
 def test_calls_are_counted():
@@ -430,11 +474,19 @@ def test_calls_are_counted():
         model.calls = 0
         assert sample(model, (2, 1), solver, steps=4).network_calls == model.calls
     pc = predictor_corrector(solvers.heun(), 3)
-    assert pc.steps_for(5) == 1 and pc.steps_for(24) == 4 and pc.steps_for(25) == 5 and pc.card.calls_per_step == 5
+    assert (
+        pc.steps_for(5) == 1
+        and pc.steps_for(24) == 4
+        and pc.steps_for(25) == 5
+        and pc.card.calls_per_step == 5
+    )
     noise = Noise.of(0, batch=2, dtype=F64)
     for chain in (langevin, mala):
         model.calls = 0
-        assert chain(model, noise.prior((2, 1)), 0.5, step=0.1, steps=4, noise=noise).network_calls == model.calls
+        assert (
+            chain(model, noise.prior((2, 1)), 0.5, step=0.1, steps=4, noise=noise).network_calls
+            == model.calls
+        )
 
 
 def test_nan_ends_the_run_at_once():
@@ -444,11 +496,13 @@ def test_nan_ends_the_run_at_once():
     x = noise.prior((2, 1))
     # the corrector is the first to see a time below 0.5: 6 predictor calls and 5 corrections before it
     with pytest.raises(FloatingPointError, match=r"call 12, t = 0\.46"):
-        predictor_corrector(solvers.ddpm()).solve(model, x, torch.linspace(1, 0.46, 7, dtype=F64), noise=noise)
+        predictor_corrector(solvers.ddpm()).solve(
+            model, x, torch.linspace(1, 0.46, 7, dtype=F64), noise=noise
+        )
     with pytest.raises(FloatingPointError):
         annealed_langevin().solve(model, x, grid, noise=noise)
     for chain in (langevin, mala):
-        with pytest.raises(FloatingPointError, match="call 1, t = 0.4"):
+        with pytest.raises(FloatingPointError, match=r"call 1, t = 0\.4"):
             chain(model, x, 0.4, step=0.1, steps=3, noise=noise)
 
 

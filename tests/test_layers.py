@@ -47,9 +47,10 @@ STANDS_ON: dict[str, list[str]] = {
     "interop": [*_WORKSHOP, "checkpoint"],
     "plots": [*_WORKSHOP, "select", "losses"],
     "testing": [*_WORKSHOP, "select", "train", "interop", "plots"],
-    "cli": [*_WORKSHOP, "select", "train", "interop", "plots"],
+    "digits": [*_WORKSHOP, "train", "metrics"],
+    "cli": [*_WORKSHOP, "select", "train", "interop", "plots", "digits"],
 }
-TORCH_ONLY = {"schedules", "noise", "networks", "spectrum", "engines"}
+TORCH_ONLY = {"schedules", "noise", "networks", "engines"}
 
 # What may be imported while a module is imported: light, or there anyway since torch imports it.
 LIGHT = {"torch", "jaxtyping", "numpy", "safetensors", "tqdm"}
@@ -60,7 +61,7 @@ RUNS_CODE = {
     "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve",
     "eval", "exec", "compile", "__import__",
     "torch.load", "torch.serialization", "torch.jit.load", "torch.hub", "torch.package", "torch.export.load",
-    "importlib.import_module", "runpy", "code",
+    "importlib.import_module", "runpy",
 }  # fmt: skip
 
 

@@ -1,19 +1,23 @@
-"""Our tables against the samplers of diffusers, k-diffusion and azula: same grid, same noises, same exact denoiser.
+"""Our tables against the samplers of diffusers, k-diffusion and azula: same grid, same noises, same exact
+denoiser.
 
 Run, in the environment that the head of benchmarks/peers.txt describes:
 
     peers/bin/python -m pytest tests/test_oracles.py -m oracle
 
-Elsewhere these tests are skipped. The law is a ring of Gaussians, with its exact denoiser; the grid is uneven and short, so that variants of one method
-(UniPC's two B(h), midpoint and Heun, exact and published third order) differ by 1e-3 to 1e-1. Limits: 1e-10 relative; DPMSolverMultistepScheduler casts its state
-to float32, so 1e-6 there. Where a public sampler is wrong, a test shows it.
+Elsewhere these tests are skipped. The law is a ring of Gaussians, with its exact denoiser; the grid is uneven
+and short, so that variants of one method (UniPC's two B(h), midpoint and Heun, exact and published third
+order) differ by 1e-3 to 1e-1. Limits: 1e-10 relative; DPMSolverMultistepScheduler casts its state to float32,
+so 1e-6 there. Where a public sampler is wrong, a test shows it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,12 +30,13 @@ from scoresde.solvers.singlestep import Stage, singlestep_table
 from scoresde.solvers.weights import step_weights
 from scoresde.tableau import Tableau, join, run
 
-peers = pytest.importorskip("benchmarks.peers", reason="run from the root of the repository, with `python -m pytest`")
+peers = pytest.importorskip(
+    "benchmarks.peers", reason="run from the root of the repository, with `python -m pytest`"
+)
 problems = pytest.importorskip("benchmarks.problems")
 
-pytestmark = [pytest.mark.oracle, *(
-    pytest.mark.skipif(peers.missing(library) is not None, reason=str(peers.missing(library))) for library in ("diffusers", "k-diffusion", "azula")
-)]  # fmt: skip
+REASONS = list(filter(None, map(peers.missing, ("diffusers", "k-diffusion", "azula"))))
+pytestmark = [pytest.mark.oracle, pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))]
 
 EXACT, FLOAT32 = 1e-10, 1e-6
 STEPS, BATCH = 11, 64
@@ -54,7 +59,11 @@ class Setting:
         self.start = float(sde.sigma(t[0])) * torch.randn(BATCH, 2, generator=generator, dtype=torch.float64)
 
     def ours(self, table: Tableau) -> Tensor:
-        return solvers.from_tableau(table).solve(self.model, self.start, self.t, noise=lambda k, shape: self.z[k]).x
+        return (
+            solvers.from_tableau(table)
+            .solve(self.model, self.start, self.t, noise=lambda k, shape: self.z[k])
+            .x
+        )
 
     def theirs(self, peer: Callable, noise: Callable[[int], Tensor] | None = None) -> Tensor:
         task = peers.Task(self.sde, self.t, lambda x, t: self.model(x, t), noise or (lambda k: self.z[k]))
@@ -77,20 +86,37 @@ K_DIFFUSION = {
     "heun": (K("heun"), solvers.heun()),
     "dpm_2": (K("dpm_2"), solvers.midpoint()),
     **{f"lms {p}": (K("lms", order=p), solvers.adams(p)) for p in (1, 2, 3, 4)},
-    **{f"euler_ancestral {eta}": (K("euler_ancestral", eta=eta), solvers.ddim(eta)) for eta in (0.0, 0.5, 1.0)},
+    **{
+        f"euler_ancestral {eta}": (K("euler_ancestral", eta=eta), solvers.ddim(eta))
+        for eta in (0.0, 0.5, 1.0)
+    },
     "dpmpp_2m": (K("dpmpp_2m"), solvers.dpmpp(2, rule="bh2")),
-    **{f"dpmpp_2m_sde midpoint {eta}": (K("dpmpp_2m_sde", eta=eta), solvers.sde_dpmpp(2, eta, rule="bh2")) for eta in (0.0, 0.5, 1.0)},
-    **{f"dpmpp_2m_sde heun {eta}": (K("dpmpp_2m_sde", eta=eta, solver_type="heun"), solvers.sde_dpmpp(2, eta)) for eta in (0.0, 0.5, 1.0)},
+    **{
+        f"dpmpp_2m_sde midpoint {eta}": (K("dpmpp_2m_sde", eta=eta), solvers.sde_dpmpp(2, eta, rule="bh2"))
+        for eta in (0.0, 0.5, 1.0)
+    },
+    **{
+        f"dpmpp_2m_sde heun {eta}": (
+            K("dpmpp_2m_sde", eta=eta, solver_type="heun"),
+            solvers.sde_dpmpp(2, eta),
+        )
+        for eta in (0.0, 0.5, 1.0)
+    },
 }
 
 AZULA = {
     "Euler": (A("EulerSampler"), solvers.ddim()),
     "Heun": (A("HeunSampler"), solvers.heun()),
     "DDPM": (A("DDPMSampler"), solvers.ddpm()),
-    **{f"DDIM {eta}": (A("DDIMSampler", eta=eta**2), solvers.ddim(eta)) for eta in (0.0, 0.5, 1.0)},  # its eta multiplies the variance
+    **{
+        f"DDIM {eta}": (A("DDIMSampler", eta=eta**2), solvers.ddim(eta)) for eta in (0.0, 0.5, 1.0)
+    },  # its eta multiplies the variance
     "Ito": (A("ItoSampler"), solvers.seeds(1)),
     **{f"zAB {p}": (A("zABSampler", order=p), solvers.adams(p)) for p in (1, 2, 3, 4)},
-    **{f"vAB {p}": (A("vABSampler", order=p), solvers.exponential(p, stored="flow", variable="sigma")) for p in (1, 2, 3, 4)},
+    **{
+        f"vAB {p}": (A("vABSampler", order=p), solvers.exponential(p, stored="flow", variable="sigma"))
+        for p in (1, 2, 3, 4)
+    },
     **{f"zEAB {p}": (A("zEABSampler", order=p), solvers.dpm(p)) for p in (1, 2, 3)},
     **{f"xEAB {p}": (A("xEABSampler", order=p), solvers.dpmpp(p)) for p in (1, 2, 3)},
 }
@@ -110,19 +136,21 @@ DIFFUSERS = {
 }
 
 PUBLISHED = {1: "exact", 2: "bh2", 3: "half3"}
+DPM = partial(D, "DPMSolverMultistepScheduler")
 DPM_SOLVER = {
-    **{f"++ {p}": (D("DPMSolverMultistepScheduler", solver_order=p), solvers.dpmpp(p, rule=PUBLISHED[p])) for p in (1, 2, 3)},
+    **{f"++ {p}": (DPM(solver_order=p), solvers.dpmpp(p, rule=PUBLISHED[p])) for p in (1, 2, 3)},
     **{
-        f"noise {p}": (D("DPMSolverMultistepScheduler", solver_order=p, algorithm_type="dpmsolver"), solvers.dpm(p, rule=PUBLISHED[p]))
+        f"noise {p}": (DPM(solver_order=p, algorithm_type="dpmsolver"), solvers.dpm(p, rule=PUBLISHED[p]))
         for p in (1, 2, 3)
     },
-    "++ 2 heun": (D("DPMSolverMultistepScheduler", solver_order=2, solver_type="heun"), solvers.dpmpp(2)),
-    "sde++ 1": (D("DPMSolverMultistepScheduler", solver_order=1, algorithm_type="sde-dpmsolver++"), solvers.sde_dpmpp(1)),
-    "sde++ 2": (D("DPMSolverMultistepScheduler", solver_order=2, algorithm_type="sde-dpmsolver++"), solvers.sde_dpmpp(2, rule="bh2")),
+    "++ 2 heun": (DPM(solver_order=2, solver_type="heun"), solvers.dpmpp(2)),
+    "sde++ 1": (DPM(solver_order=1, algorithm_type="sde-dpmsolver++"), solvers.sde_dpmpp(1)),
+    "sde++ 2": (DPM(solver_order=2, algorithm_type="sde-dpmsolver++"), solvers.sde_dpmpp(2, rule="bh2")),
     "sde++ 2 heun": (
-        D("DPMSolverMultistepScheduler", solver_order=2, algorithm_type="sde-dpmsolver++", solver_type="heun"), solvers.sde_dpmpp(2)
+        DPM(solver_order=2, algorithm_type="sde-dpmsolver++", solver_type="heun"),
+        solvers.sde_dpmpp(2),
     ),
-}  # fmt: skip
+}
 
 
 def both(table: dict) -> pytest.MarkDecorator:
@@ -145,7 +173,9 @@ def test_k_diffusion_reads_any_process_in_x_over_alpha():
 
 
 def test_lms_to_zero():
-    """sigma/alpha has a finite polynomial up to sigma = 0: k-diffusion uses it, our last step is D. The two differ, and only there."""
+    """sigma/alpha has a finite polynomial up to sigma = 0: k-diffusion uses it, our last step is D. The two
+    differ, and only there.
+    """
     sde = VPSDE()
     t = uneven(sde, end=0.0)
     peer, solver = K_DIFFUSION["lms 3"]
@@ -215,7 +245,9 @@ ONE = (Stage(1.0, (0,)),)
 
 @pytest.mark.parametrize("calls", [7, 8, 9])
 def test_k_diffusion_dpm_fast(calls):
-    """Singlesteps of order 3, then what is left; the last stage uses the base and the newest output ("dpmsolver", not "taylor")."""
+    """Singlesteps of order 3, then what is left; the last stage uses the base and the newest output
+    ("dpmsolver", not "taylor").
+    """
     sde = VPSDE()
     ends = torch.tensor([1.0, 1e-3], dtype=torch.float64)
     threes, rest = divmod(calls, 3)
@@ -223,15 +255,21 @@ def test_k_diffusion_dpm_fast(calls):
     lam = 0.5 * sde.log_snr(ends)
     edges = sde.time(2 * (lam[0] + (lam[1] - lam[0]) * torch.arange(len(orders) + 1) / len(orders)))
     parts = [
-        singlestep_table(sde, edges[k : k + 1], edges[k + 1 : k + 2], {1: ONE, 2: MIDDLE, 3: THIRDS}[order], stored="noise")
+        singlestep_table(
+            sde, edges[k : k + 1], edges[k + 1 : k + 2], {1: ONE, 2: MIDDLE, 3: THIRDS}[order], stored="noise"
+        )
         for k, order in enumerate(orders)
     ]
-    setting = Setting(sde, torch.linspace(1.0, 1e-3, calls + 1, dtype=torch.float64))  # of which theirs uses the ends and the number
+    setting = Setting(
+        sde, torch.linspace(1.0, 1e-3, calls + 1, dtype=torch.float64)
+    )  # of which theirs uses the ends and the number
     assert setting.difference(K("dpm_fast"), join(parts)) < EXACT
 
 
 def test_k_diffusion_churn():
-    """EDM's algorithm 2. Raising the level is forward noise at the end of the row before, so noise i of theirs is noise 2 i - 1 of ours."""
+    """EDM's algorithm 2. Raising the level is forward noise at the end of the row before, so noise i of
+    theirs is noise 2 i - 1 of ours.
+    """
     sde = VPSDE()
     t = uneven(sde)
     level = (sde.sigma(t) / sde.alpha(t)).tolist()
@@ -243,7 +281,9 @@ def test_k_diffusion_churn():
 
 
 def test_k_diffusion_dpmpp_sde():
-    """DPM-Solver++ (stochastic): midpoint on the data, one noise for the stage and one for the step; equal to ours when both come from one path."""
+    """DPM-Solver++ (stochastic): midpoint on the data, one noise for the stage and one for the step; equal to
+    ours when both come from one path.
+    """
     sde = VPSDE()
     t = uneven(sde)
     table = singlestep_table(sde, t[:-1], t[1:], MIDDLE, stored="data", tau=1.0)
@@ -253,7 +293,7 @@ def test_k_diffusion_dpmpp_sde():
         k, whole = divmod(request, 2)
         if not whole:
             return setting.z[2 * k]
-        A = table.keep[2 * k + 1]  # noqa: N806
+        A = table.keep[2 * k + 1]
         first, second = A * table.noise[2 * k], table.noise[2 * k + 1]
         return (first * setting.z[2 * k] + second * setting.z[2 * k + 1]) / torch.hypot(first, second)
 
@@ -262,7 +302,9 @@ def test_k_diffusion_dpmpp_sde():
 
 
 def test_diffusers_pndm():
-    """PLMS: the first step is done a second time with the mean of both its slopes, then Adams-Bashforth with constant weights, which skips the repeated output."""
+    """PLMS: the first step is done a second time with the mean of both its slopes, then Adams-Bashforth with
+    constant weights, which skips the repeated output.
+    """
     sde = VPSDE()
     t = uneven(sde)
     setting = Setting(sde, t)
@@ -279,10 +321,14 @@ def plms(sde: LinearSDE, t: Tensor) -> Tableau:
     mix[1, 0], mix[1, 1] = first[1][0, 0] / 2, -first[1][0, 0] / 2
     for k in range(1, steps):
         row, p = k + 1, min(k + 1, 4)
-        A, b, _ = step_weights(sde, t[k : k + 1], t[k + 1 : k + 2], t[None, list(range(k, k - p, -1))], **options)  # noqa: N806
+        A, b, _ = step_weights(
+            sde, t[k : k + 1], t[k + 1 : k + 2], t[None, list(range(k, k - p, -1))], **options
+        )
         keep[row] = A[0]
         for node, weight in zip(range(k, k - p, -1), b[0], strict=True):
-            mix[row, row - (node + 1 if node else 0)] = weight  # output of node 1 comes from row 2, that of node 0 from row 0
+            mix[row, row - (node + 1 if node else 0)] = (
+                weight  # output of node 1 comes from row 2, that of node 0 from row 0
+            )
     alpha, sigma = sde.alpha(times[:-1]), sde.sigma(times[:-1])
     return Tableau(times, 1 / sigma, -alpha / sigma, keep, mix, torch.zeros_like(keep), "plms")
 
@@ -291,10 +337,14 @@ def plms(sde: LinearSDE, t: Tensor) -> Tableau:
 
 
 def observed_order(peer: Callable, order: int, steps: tuple[int, ...] = (40, 80, 160, 320)) -> float:
-    """Convergence on one-dimensional Gaussians, from lam = -2 to 1, the largest error of several. The first step is cut into `40 order`
-    pieces, in which the low order of the start does not show."""
+    """Convergence on one-dimensional Gaussians, from lam = -2 to 1, the largest error of several. The first
+    step is cut into `40 order` pieces, in which the low order of the start does not show.
+    """
     sde = VPSDE()
-    mean, var = torch.tensor([0.7, -0.3, 0.4, 0.9, -1.0], dtype=torch.float64), torch.tensor([0.04, 0.15, 0.5, 1.3, 2.0], dtype=torch.float64)
+    mean, var = (
+        torch.tensor([0.7, -0.3, 0.4, 0.9, -1.0], dtype=torch.float64),
+        torch.tensor([0.04, 0.15, 0.5, 1.3, 2.0], dtype=torch.float64),
+    )
     y = torch.tensor([-1.5, 0.2, 1.1], dtype=torch.float64)[:, None]
     errors = []
     for n in steps:
@@ -312,7 +362,7 @@ def observed_order(peer: Callable, order: int, steps: tuple[int, ...] = (40, 80,
 
         end = peer(peers.Task(sde, t, denoise), at(t[0]))
         errors.append(float((end - at(t[-1])).abs().max()))
-    rates = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    rates = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     return rates[-1]
 
 
@@ -328,7 +378,11 @@ def ours_as_peer(solver: solvers.TableSolver) -> Callable:
 @pytest.mark.parametrize(
     ("peer", "order"),
     [
-        pytest.param(K("dpmpp_3m_sde", eta=0.0), 2, id="k-diffusion dpmpp_3m_sde: the second difference lacks a factor 2"),
+        pytest.param(
+            K("dpmpp_3m_sde", eta=0.0),
+            2,
+            id="k-diffusion dpmpp_3m_sde: the second difference lacks a factor 2",
+        ),
         pytest.param(A("xEABSampler", order=3), 3, id="azula xEAB 3"),
         pytest.param(ours_as_peer(solvers.dpmpp(3)), 3, id="ours, exact"),
         pytest.param(ours_as_peer(solvers.dpmpp(3, rule="half3")), 2, id="ours, as published"),

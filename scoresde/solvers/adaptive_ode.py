@@ -72,7 +72,7 @@ def integrate(nodes: Tensor, outputs: Tensor, used: Tensor, start: Tensor, stop:
 
 @dataclass
 class ODEState(State):
-    """s = log u; the last outputs v (n, P, ...) at nodes u (n, P), newest first, `known` (n,) or P of them."""
+    """s = log u; the last outputs v (n, P, ...) at nodes u (n, P), newest first, `known` (n,) or all."""
 
     nodes: Tensor
     outputs: Tensor

@@ -37,13 +37,13 @@ class SDEState(State):
 
     @classmethod
     def begin(cls, t: Tensor, lam: Tensor, x: Tensor, output: Tensor) -> SDEState:
-        h, ahead, increments = lam * 0 + START, lam[:, None] * 0 + math.inf, torch.zeros_like(x)[:, None]
-        return cls(t, lam, x, h, finite(output), output, ahead, increments)
+        h, ahead = torch.full_like(lam, START), torch.full_like(lam, math.inf)[:, None]
+        return cls(t, lam, x, h, finite(output), output, ahead, torch.zeros_like(x)[:, None])
 
     def bridge(self, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """(W(c_s) - W(c), (c_s - c)^(1/2)) at a place s not beyond the next known one, from the normals z."""
         step = torch.expm1(2 * (s - self.s))  # in units of c
-        part = step / torch.expm1(2 * (self.ahead[:, 0] - self.s))
+        part = (step / torch.expm1(2 * (self.ahead[:, 0] - self.s))).clamp(max=1)
         std = self.s.exp() * (step * (1 - part)).sqrt()
         increment = like(part, z) * self.increments[:, 0] + like(std, z) * z
         return increment, self.s.exp() * step.sqrt()

@@ -1,5 +1,8 @@
-"""Langevin dynamics `x <- x + eps score + (2 eps)^(1/2) z`, which leaves p_t alone up to the step's bias: as the corrector
-behind any table, annealed over noise levels, and at one fixed time with and without Metropolis' test."""
+"""Langevin dynamics `x <- x + eps score + (2 eps)^(1/2) z`, which keeps p_t up to the bias of its step.
+
+As the corrector behind any table, annealed over noise levels, and at a fixed time with and without
+Metropolis' test.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,8 @@ class PredictorCorrector:
     ) -> Samples:
         """Run from `x` (B, ...) at times[0] to times[-1]. The callback sees the predictor's calls.
 
-        With R rows in the predictor's table, it uses the noise rows 0..R - 1, as when it runs alone; step m of
+        With R rows in the predictor's table, it uses the noise rows 0..R - 1, as when it runs alone; step m
+        of
         the corrector at node j = 1, 2, ... uses row `R + (j - 1) corrector_steps + m`.
         """
         started = time.perf_counter()
@@ -133,7 +137,9 @@ class PredictorCorrector:
                 t = float(table.times[k])
                 watch(F, t)
                 if callback is not None:
-                    kept = callback(Step(k, t, state, F * rows.b[k] + state * rows.a[k] if rows.a[k] else F * rows.b[k]))
+                    kept = callback(
+                        Step(k, t, state, F * rows.b[k] + state * rows.a[k] if rows.a[k] else F * rows.b[k])
+                    )
                     path.extend([] if kept is None else [kept])
 
             result = run(table, rows, x, noise, before=before, after=correct)
@@ -193,7 +199,7 @@ def _node_rows(table: Tableau, grid: Grid) -> dict[int, int]:
     for j, t in enumerate(grid.t[1:].tolist(), 1):
         if t not in last or arrivals[last[t] + 1] >= t:
             raise ValueError(
-                f"expected a predictor that stops at every node, found that {table.name} does not at t = {t:.6g}; "
+                f"expected a predictor that stops at every node, found {table.name} not to at t = {t:.6g}; "
                 "use one without steps across nodes and without noise that leads away from them"
             )
         rows[last[t]] = j
@@ -207,10 +213,10 @@ def predictor_corrector(
 
         x <- x + eps score(x, t) + (2 eps)^(1/2) z,    eps = 2 a (snr ||z||/||score||)^2
 
-    with a = (alpha_before/alpha_now)^2 of the predictor's step, the paper's `1 - beta_i` (1 for VE), and norms
+    with a = (alpha_before/alpha_now)^2 of the predictor's step, the paper's `1 - beta_i` (1 for VE).
 
     norm  "sample" of each sample by itself | "batch": their means over the batch, as published; samples then
-          depend on their neighbours | "sigma": sigma in place of ||z||/||score||, its value for data at a point
+          depend on their neighbours | "sigma": sigma for ||z||/||score||, its value for data at a point
 
     The published step is not bounded where the score vanishes; here `snr ||z||/||score||` is at most
     `(alpha^2 + sigma^2)^(1/2)`, the spread of standardised data. In few dimensions the ratio of norms is no
@@ -218,9 +224,9 @@ def predictor_corrector(
     bit. Costs `corrector_steps` calls a grid step on top.
 
     Predictor first, then corrector at the time it reached, as in algorithms 2 and 3 of Song et al. (2021,
-    arXiv:2011.13456; step sizes: algorithms 4 and 5). Their code runs the corrector first, at the old time, so it
-    corrects the prior and not the result. Raises ValueError in `solve` for predictors that do not stop at
-    the nodes: `dpm_fast`, and `edm` with churn.
+    arXiv:2011.13456; step sizes: algorithms 4 and 5). Their code runs the corrector first, at the old time,
+    so it corrects the prior and not the result. Raises ValueError in `solve` for predictors that do not stop
+    at the nodes: `dpm_fast`, and `edm` with churn.
     """
     if not isinstance(predictor, TableSolver):
         raise TypeError(f"expected a fixed-grid solver as predictor, found {predictor!r}")
@@ -237,7 +243,7 @@ def predictor_corrector(
 
 
 def annealed_langevin(steps_per_level: int = 5, step: float = 0.1) -> TableSolver:
-    """Annealed Langevin dynamics: at every node of the grid, `steps_per_level` steps with `eps = step sigma^2`.
+    """Annealed Langevin dynamics: at every node of the grid, `steps_per_level` steps of `eps = step sigma^2`.
 
     From node to node `x/alpha` is carried over. A table, for eps does not depend on the data. A node without
     noise gets D; one without signal (alpha = 0) is left by the first-order exponential step.
@@ -247,7 +253,9 @@ def annealed_langevin(steps_per_level: int = 5, step: float = 0.1) -> TableSolve
     """
     whole = isinstance(steps_per_level, int) and not isinstance(steps_per_level, bool)
     if not (whole and steps_per_level >= 1 and 0 < step < math.inf):
-        raise ValueError(f"expected steps_per_level >= 1 and step > 0, found {steps_per_level!r} and {step!r}")
+        raise ValueError(
+            f"expected steps_per_level >= 1 and step > 0, found {steps_per_level!r} and {step!r}"
+        )
     M = steps_per_level
 
     def build(sde: LinearSDE, grid: Grid) -> Tableau:
@@ -257,14 +265,18 @@ def annealed_langevin(steps_per_level: int = 5, step: float = 0.1) -> TableSolve
         moved = torch.ones_like(t)
         moved[M - 1 : -1 : M] = sde.scale(levels[:-1], levels[1:])
         # x + eps score = (1 - step) x + step alpha D
-        keep, mix, noise = torch.full_like(t, 1 - step), step * sde.alpha(t), math.sqrt(2 * step) * sde.sigma(t)
+        keep, mix, noise = (
+            torch.full_like(t, 1 - step),
+            step * sde.alpha(t),
+            math.sqrt(2 * step) * sde.sigma(t),
+        )
         parts = [torch.stack([t, moved * keep, moved * mix, moved * noise])]
         if head:
             parts.insert(0, _singular(sde, grid.t[0], grid.t[1]))
         if tail and len(levels):
             parts.append(_singular(sde, grid.t[-2], grid.t[-1]))
-        start, *coefficients = torch.cat(parts, 1)
-        return one_step_table("annealed_langevin", torch.cat([start, grid.t[-1:]]), tuple(coefficients))
+        start, keep, mix, noise = torch.cat(parts, 1)
+        return one_step_table("annealed_langevin", torch.cat([start, grid.t[-1:]]), (keep, mix, noise))
 
     card = Card(None, None, M, True, SONG_2019, frozenset({"clock_free", "scale_covariant"}))
     options = (("steps_per_level", M), ("step", step))
@@ -277,7 +289,8 @@ def _singular(sde: LinearSDE, s: Tensor, t: Tensor) -> Tensor:
 
 
 class Chain(NamedTuple):
-    """The end of a chain: states (B, ...), the share of accepted proposals (B,) float64, and network calls."""
+    """The end of a chain: states (B, ...), the share of accepted proposals (B,) float64, and network
+    calls."""
 
     x: Tensor
     acceptance: Tensor
@@ -294,7 +307,8 @@ def langevin(
     noise: NoiseSource,
     callback: Callable[[int, Tensor], Any] | None = None,
 ) -> Chain:
-    """The unadjusted Langevin algorithm for p_t: `x <- x + step score(x, t) + (2 step)^(1/2) z`, `steps` times.
+    """The unadjusted Langevin algorithm for p_t: `x <- x + step score(x, t) + (2 step)^(1/2) z`, `steps`
+    times.
 
     x (B, ...); step > 0, a number or (B,), in units of the variance of x_t; row k of `noise` for step k. The
     callback gets (k, x) after every step. On N(m, v) the chain has mean m and variance `v/(1 - step/(2 v))`,
@@ -325,21 +339,24 @@ def mala(
     log_prob: Callable[[Tensor, Tensor], Tensor] | None = None,
     callback: Callable[[int, Tensor], Any] | None = None,
 ) -> Chain:
-    """The Metropolis-adjusted Langevin algorithm: `langevin`, each step of it accepted with probability min(1, R),
+    """The Metropolis-adjusted Langevin algorithm: `langevin`, each step of it accepted with probability
+    min(1, R),
 
         R = p(x') q(x | x') / (p(x) q(x' | x)),    q(x' | x) = N(x + step score(x), 2 step),
 
     so that p_t is invariant exactly, whatever the step (Besag 1994; Roberts and Tweedie 1996).
 
-    log_prob(x, t) -> (B,) is log p_t up to a constant; by default the model's own (exact denoisers and energies
-    have one). Proposal k uses row 2 k of `noise`, its acceptance row 2 k + 1. Needs `steps + 1` calls each of the
-    score and of log_prob; the latter's rounding decides in float32 and many dimensions: prefer float64.
+    log_prob(x, t) -> (B,) is log p_t up to a constant; by default the model's own (exact denoisers and
+    energies have one). Proposal k uses row 2 k of `noise`, its acceptance row 2 k + 1. `steps + 1` calls
+    each of the score and of log_prob; the latter's rounding matters in float32 and many dimensions.
 
     Raises as `langevin`, and TypeError if there is no log_prob.
     """
     log_p = getattr(model, "log_prob", None) if log_prob is None else log_prob
     if log_p is None:
-        raise TypeError(f"expected log_prob(x, t), which {type(model).__name__} does not have; pass log_prob=")
+        raise TypeError(
+            f"expected log_prob(x, t), which {type(model).__name__} does not have; pass log_prob="
+        )
     eps, clock = _checked(model, x, t, step, steps), _clock(t, x)
     watch, accepted = Watch("mala", x), torch.zeros(len(x), dtype=torch.float64, device=x.device)
     with torch.no_grad(), evaluating(model):
@@ -350,7 +367,9 @@ def mala(
             proposal = _move(x, score, z, eps)
             new_score, new_density = model.score(proposal, clock), log_p(proposal, clock).double()
             watch(new_score, t)
-            back = x - proposal - like(eps, x) * new_score  # log q = -||back||^2/(4 step); forth it is -||z||^2/2
+            back = (
+                x - proposal - like(eps, x) * new_score
+            )  # log q = -||back||^2/(4 step); forth it is -||z||^2/2
             ratio = new_density - density - square_norm(back) / (4 * eps.to(x.device)) + square_norm(z) / 2
             # log of a uniform variable, from a normal one; a ratio that is NaN rejects
             chance = torch.special.log_ndtr(noise(2 * k + 1, (len(x), 1)).double()[:, 0])
@@ -375,5 +394,7 @@ def _checked(model: BaseDenoiser, x: Tensor, t: float, step: float | Tensor, ste
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"expected a whole number of steps >= 1, found {steps!r}")
     if not (0 <= t <= model.sde.t_max and float(model.sde.sigma(t)) > 0):
-        raise ValueError(f"expected a time with noise, 0 <= t <= {model.sde.t_max} and sigma(t) > 0, found {t}")
+        raise ValueError(
+            f"expected a time with noise, 0 <= t <= {model.sde.t_max} and sigma(t) > 0, found {t}"
+        )
     return eps
