@@ -77,8 +77,10 @@ COMPARISONS = {
 CONFUSED = [
     ("alpha", "sigma"), ("s", "t"), ("lam_s", "lam_t"), ("x0", "xt"), ("a", "b"), ("p", "q"), ("low", "high"),
     ("start", "stop"), ("start", "end"), ("first", "last"), ("before", "after"), ("mean", "std"),
-    ("keep", "mix"), ("skip", "out"), ("min", "max"), ("minimum", "maximum"), ("sin", "cos"), ("exp", "expm1"),
-    ("log", "log1p"), ("floor", "ceil"), ("any", "all"), ("sum", "mean"), ("sum", "prod"), ("zeros_like", "ones_like"),
+    ("keep", "mix"), ("skip", "out"), ("min", "max"), ("minimum", "maximum"), ("sin", "cos"),
+    ("exp", "expm1"),
+    ("log", "log1p"), ("floor", "ceil"), ("any", "all"), ("sum", "mean"), ("sum", "prod"),
+    ("zeros_like", "ones_like"),
     ("zeros", "ones"), ("cumsum", "cumprod"), ("sqrt", "square"), ("amin", "amax"), ("argmin", "argmax"),
     ("sinh", "cosh"), ("steps", "order"), ("rows", "steps"),
 ]  # fmt: skip

@@ -239,11 +239,15 @@ class Denoiser(BaseDenoiser):
         """F in the dtype of x, from a network of any dtype."""
         dtype = self.dtype
         time = label.to(torch.promote_types(dtype, torch.float32)).expand(len(x))
-        out = self.network((x * c_in).to(dtype), time, **cond)
-        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        if found != tuple(x.shape):
+        return self._checked(self.network((x * c_in).to(dtype), time, **cond), x)
+
+    @staticmethod
+    def _checked(out: Any, x: Tensor) -> Tensor:
+        """What the network returned for a state like `x`, in its dtype."""
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"expected the network to return the input's {tuple(x.shape)}, found {found}")
-        return out.to(x.dtype)
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def raw(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """The network's own output `F(c_in x, t)`, in the dtype of x."""
@@ -269,8 +273,15 @@ class Denoiser(BaseDenoiser):
         alpha, sigma = self.sde.alpha(times), self.sde.sigma(times)
         what = f"data from predicted {self.predicts.name}"
         a, b = determined(*view(DATA, self.predicts, alpha, sigma), times, what)
-        labels, c_in = self._label(times).to(x.device), self.predicts.c_in(alpha, sigma).tolist()
-        return Rows(lambda state, k: self._call(state, c_in[k], labels[k], **cond), a.tolist(), b.tolist())
+        c_in, dtype, network = self.predicts.c_in(alpha, sigma).tolist(), self.dtype, self.network
+        labels = self._label(times).to(x.device, torch.promote_types(dtype, torch.float32)).unbind()
+
+        def evaluate(state: Tensor, k: int) -> Tensor:
+            scaled = state if c_in[k] == 1 else state * c_in[k]
+            scaled = scaled if scaled.dtype == dtype else scaled.to(dtype)
+            return self._checked(network(scaled, labels[k].expand(len(state)), **cond), state)
+
+        return Rows(evaluate, a.tolist(), b.tolist())
 
 
 def _index(sde: LinearSDE, t: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ class VPSDE(LinearSDE):
         return torch.log1p(-rates / n)
 
     def betas(self, n: int, rule: str = "exact") -> Tensor:
-        """The (n,) float64 table `beta_i` of the n-step chain on t_i = i/n, by either rule of `log_alphas`."""
+        """The (n,) float64 table `beta_i` of the n-step chain, t_i = i/n, by either rule of `log_alphas`."""
         return -torch.expm1(self.log_alphas(n, rule))
 
 

@@ -330,11 +330,11 @@ def output_law(table: Tableau, gaussian: Gaussian, sde: LinearSDE, prior: Gaussi
     return Gaussian(moved.view_as(gaussian.mean), through @ prior.cov @ through.T + frame * noise @ frame.T)
 
 
-def finite_guard(table: Tableau) -> Callable[[int, Tensor], None]:
+def finite_guard(table: Tableau) -> Callable[[int, Tensor, Tensor], None]:
     """Raises as soon as the network returns something that is not finite, naming call and time. Reads one
     number per row: for the CPU."""
 
-    def guard(k: int, F: Tensor) -> None:
+    def guard(k: int, x: Tensor, F: Tensor) -> None:
         # The sum is cheap, and may overflow by itself.
         if not math.isfinite(F.sum().item()) and not F.isfinite().all():
             raise not_finite(table, k)

@@ -35,8 +35,9 @@ peers = pytest.importorskip(
 )
 problems = pytest.importorskip("benchmarks.problems")
 
-REASONS = list(filter(None, map(peers.missing, ("diffusers", "k-diffusion", "azula"))))
-pytestmark = [pytest.mark.oracle, pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))]
+MISSING = [library for library in ("diffusers", "k-diffusion", "azula") if peers.missing(library)]
+REASON = f"{', '.join(MISSING)} not installed here: {peers.RECIPE}"
+pytestmark = [pytest.mark.oracle, pytest.mark.skipif(bool(MISSING), reason=REASON)]
 
 EXACT, FLOAT32 = 1e-10, 1e-6
 STEPS, BATCH = 11, 64

@@ -154,14 +154,13 @@ def execute(
         bad = None if x.device.type == "cpu" else torch.full((), len(table), device=x.device)
         guard = finite_guard(table) if bad is None else _device_guard(bad)
 
-        def before(k: int, state: Tensor, F: Tensor) -> None:
-            guard(k, F)
-            if callback is not None:
-                denoised = F * rows.b[k] + state * rows.a[k] if rows.a[k] else F * rows.b[k]
-                kept = callback(Step(k, float(table.times[k]), state, denoised))
-                path.extend([] if kept is None else [kept])
+        def watched(k: int, state: Tensor, F: Tensor) -> None:
+            guard(k, state, F)
+            denoised = F * rows.b[k] + state * rows.a[k] if rows.a[k] else F * rows.b[k]
+            kept = callback(Step(k, float(table.times[k]), state, denoised)) if callback else None
+            path.extend([] if kept is None else [kept])
 
-        result = run(table, rows, x, noise, before=before)
+        result = run(table, rows, x, noise, before=watched if callback else guard)
         if bad is not None and int(bad) < len(table):
             raise not_finite(table, int(bad))
     return Samples(
@@ -169,10 +168,10 @@ def execute(
     )
 
 
-def _device_guard(bad: Tensor) -> Callable[[int, Tensor], None]:
+def _device_guard(bad: Tensor) -> Callable[[int, Tensor, Tensor], None]:
     """Keeps the first row with a non-finite output in `bad`, on the device, without branching."""
 
-    def guard(k: int, F: Tensor) -> None:
+    def guard(k: int, x: Tensor, F: Tensor) -> None:
         bad.copy_(torch.where(F.isfinite().all(), bad, bad.clamp(max=k)))
 
     return guard

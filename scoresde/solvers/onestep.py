@@ -217,5 +217,5 @@ def from_tableau(table: Tableau) -> TableSolver:
         table.name,
         build,
         Card(None, None, 1, bool(table.noise.any()), "given as a table", frozenset()),
-        calls=lambda steps: len(table),
+        calls=lambda steps: max(steps, len(table)),
     )

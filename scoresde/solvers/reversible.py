@@ -102,13 +102,7 @@ class Reversible:
         table = _base_table(model.sde, s, t, self.order)
         rows = model.rows(table.times[:-1], u)
         guard = finite_guard(table) if u.device.type == "cpu" else None
-        moved = run(
-            table,
-            rows,
-            u * float(_scale(model.sde, s)),
-            None,
-            before=None if guard is None else lambda k, x, F: guard(k, F),
-        )
+        moved = run(table, rows, u * float(_scale(model.sde, s)), None, before=guard)
         return moved / float(_scale(model.sde, t)) - u
 
 

@@ -235,7 +235,7 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, spread: floa
         raised = (level >= low) & (level <= high) & (torch.arange(len(grid)) > 0)
         gamma = min(churn / len(grid), 2**0.5 - 1)
         starts = (
-            torch.where(raised, sde.time(2 * (grid.lam[:-1] - torch.log1p(torch.tensor(gamma)))), grid.t[:-1])
+            torch.where(raised, sde.time(2 * (grid.lam[:-1] - math.log1p(gamma))), grid.t[:-1])
             if gamma
             else grid.t[:-1]
         )
