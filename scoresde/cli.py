@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def quickstart(
     out: Path = Path("quickstart"),
     seconds: float = 120.0,
-    steps: int = 4000,
+    steps: int = 2000,
     n: int = 256,
     seed: int = 0,
     device: str = "auto",
@@ -113,7 +113,7 @@ def train(
     out: Path = Path("outputs/digits.safetensors"),
     data: Literal["digits"] = "digits",
     seconds: float | None = None,
-    steps: int = 4000,
+    steps: int = 2000,
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
@@ -199,45 +199,52 @@ def list_solvers() -> None:
 
 
 def parse_solver(text: str) -> tuple[Solver, Tensor | None]:
-    """The solver that `name`, `name(option=value, ...)` or `table.json` stands for, and a table's own grid.
+    """The solver that `name`, `name(value, option=value, ...)` or `table.json` is; a table has its grid.
 
-    Values are Python literals; nothing is evaluated. Raises ValueError for anything else.
+    Values are Python literals, or solvers in the same form, so that every solver can be given as it prints;
+    nothing is evaluated. Raises ValueError for anything else.
     """
     if text.endswith(".json"):
         table = Tableau.from_json(Path(text).read_text(encoding="utf-8"))
         return solvers.from_tableau(table), table.times[[0, -1]]
-    name, options = _call(text)
-    makers = {made.partition("(")[0]: None for made in solvers.examples()}
-    if name not in makers:
-        raise ValueError(
-            f"expected a solver from {', '.join(sorted(makers))}; found {name!r}. See: scoresde solvers"
-        )
-    maker: Callable[..., Solver] = getattr(solvers, name)
-    try:
-        return maker(**options), None
-    except TypeError as error:
-        raise ValueError(f"{error}; expected {name}{inspect.signature(maker)}") from error
-
-
-def _call(text: str) -> tuple[str, dict[str, Any]]:
-    """The parts of `name` or `name(key=literal, ...)`."""
     wrong = ValueError(
-        'expected a solver as in "dpmpp" or "dpmpp(order=3)", options by name with plain values; '
-        f"found {text[:80]!r}"
+        f'expected a solver as in "dpmpp" or "dpmpp(order=3)", with plain values; found {text[:80]!r}'
     )
     if len(text) > 200:
         raise wrong
     try:
         node = ast.parse(text.strip(), mode="eval").body
-        call = ast.Call(node, [], []) if isinstance(node, ast.Name) else node
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
-            raise wrong
-        options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise wrong from None
-    if None in options or len(options) < len(call.keywords):  # **{...}, or a name twice
+    return _solver(ast.Call(node, [], []) if isinstance(node, ast.Name) else node, wrong), None
+
+
+def _solver(node: ast.AST, wrong: ValueError) -> Solver:
+    """What the syntax tree of `name(option=value, ...)` stands for."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         raise wrong
-    return call.func.id, options  # pyright: ignore[reportReturnType]
+    name, values, options = node.func.id, [_value(value, wrong) for value in node.args], {}
+    known = sorted({made.partition("(")[0] for made in solvers.examples()})
+    if name not in known:
+        raise ValueError(f"expected a solver from {', '.join(known)}; found {name!r}. See: scoresde solvers")
+    for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in options:  # **{...}, or a name twice
+            raise wrong
+        options[keyword.arg] = _value(keyword.value, wrong)
+    maker: Callable[..., Solver] = getattr(solvers, name)
+    try:
+        return maker(*values, **options)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{error}; expected {name}{inspect.signature(maker)}") from error
+
+
+def _value(node: ast.expr, wrong: ValueError) -> Any:
+    if isinstance(node, ast.Call):
+        return _solver(node, wrong)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise wrong from None
 
 
 # ---- training

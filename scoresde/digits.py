@@ -68,7 +68,7 @@ def denoiser(seed: int = 0) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = networks.UNet(
-            1, base=24, multipliers=(1, 2, 2), blocks=1, dropout=0.1, classes=CLASSES, time_input="log_snr"
+            1, base=24, multipliers=(1, 2, 2), blocks=1, dropout=0.25, classes=CLASSES, time_input="log_snr"
         )
     return Denoiser(network, VPSDE(), predicts=Karras(SIGMA_DATA), time_input="log_snr")
 

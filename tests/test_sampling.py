@@ -24,8 +24,8 @@ from scoresde.laws import Gaussian
 from scoresde.networks import UNet
 from scoresde.noise import Noise
 from scoresde.sampling import decode, default_grid, encode, make_grid, sample
-from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
-from scoresde.solvers.base import Samples, TableSolver
+from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE, like
+from scoresde.solvers.base import Samples, TableSolver, execute
 from scoresde.tableau import Step
 
 VP = VPSDE()
@@ -43,7 +43,7 @@ class Normal(BaseDenoiser):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        return 0.3 + (alpha * 0.4 / (alpha**2 * 0.4 + sigma**2)).to(x.dtype) * (x - (alpha * 0.3).to(x.dtype))
+        return 0.3 + like(alpha * 0.4 / (alpha**2 * 0.4 + sigma**2), x) * (x - like(alpha * 0.3, x))
 
 
 class Returns(BaseDenoiser):
@@ -261,21 +261,24 @@ def test_states_are_float32_or_float64(wrong: torch.dtype) -> None:
     assert model.calls == 0
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SOME else pytest.mark.slow) for n in TABLES])
 def test_float32_keeps_up_over_1000_steps(name: str, unchecked) -> None:
-    """Same normals, same coefficients: the relative difference to float64 stays below 2e-6."""
+    """Same normals, same coefficients: the difference to float64 is a random walk of roundings.
+
+    A row rounds about three times, each by up to 2^-24 of the state, so K rows leave a spread of about 2^-24 K^(1/2); the
+    largest of 64 coordinates stays within three of them (5.7e-6 for a thousand rows).
+    """
     solver = TABLES[name]
     grid, model = grids.quadratic(VP, 1000), Normal()
     table = solver.tableau(VP, grid)
     results = []
     for dtype in (torch.float64, torch.float32):
         noise = Noise.of(2, batch=1, dtype=dtype)
-        drawn = noise.prior((1, 64)) if table.noise.any() else None
-        once = solvers.from_tableau(table).solve(
-            model, noise.prior((1, 64)), table.times, noise=lambda k, shape, z=drawn: z.roll(k + 1, 1)
-        )  # fmt: skip
+        drawn = [noise(row, (1, 64)) for row in range(7)]
+        once = execute(table, model, noise.prior((1, 64)), noise=lambda k, shape, z=drawn: z[k % 7].roll(k // 7, 1))
         results.append(once.x.double())
-    assert (results[0] - results[1]).abs().max() < 2e-6 * results[0].abs().max()
+    gap = float((results[0] - results[1]).abs().max() / results[0].abs().max())
+    assert gap < 3 * 2**-24 * math.sqrt(len(table))
 
 
 # Grids, ends, shapes, conditions

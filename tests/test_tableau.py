@@ -384,8 +384,8 @@ def test_from_tableau_is_for_its_own_times() -> None:
     table = solvers.ddpm().tableau(sde, grids.uniform(sde, 4))
     solver = solvers.from_tableau(table)
     assert solver.card.stochastic and solver.tableau(sde, table.times) is table
-    assert solver.calls(1) == len(table) and solver.calls(2) > solver.calls(1)  # or steps_for never ends
-    assert solver.steps_for(4) >= 1
+    assert solver.calls(1) == len(table)
+    assert solver.steps_for(4) == 4
     for times in ([1.0, 0.5], [0.9, 1e-3], [0.9, 0.5]):
         with pytest.raises(ValueError, match=r"runs from t = 1\.0 to 0\.001"):
             solver.tableau(sde, torch.tensor(times, dtype=torch.float64))
