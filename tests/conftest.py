@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("no_typecheck"):
         if "scoresde" in sys.modules:
             raise pytest.UsageError("scoresde was imported before its annotations could be checked")
-        jaxtyping.install_import_hook("scoresde", "beartype.beartype")
+        jaxtyping.install_import_hook("scoresde", "typecheck.check")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,11 +1,11 @@
 """How the order of a solver is measured, and which solvers are measured.
 
-Everything is stated in half-log-SNR `lam` and in the scaled coordinate `y = x/alpha`, in which the probability-flow
-ODE is `dy/dlam = D - y` for every process, so that one problem serves all of them.
+Everything is stated in half-log-SNR `lam` and in the scaled coordinate `y = x/alpha`, in which the
+probability-flow ODE is `dy/dlam = D - y` for every process, so that one problem serves all of them.
 
-The span of lam starts noisy (-2 by default): from further out the start-up errors of low order would be hidden.
-Several laws and starting points are measured together and the largest error is regressed, because a single one may
-superconverge.
+The span of lam starts noisy (-2 by default): from further out the start-up errors of low order would be
+hidden. Several laws and starting points are measured together and the largest error is regressed, because a
+single one may superconverge.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STARTS = (-1.5, 0.2, 1.1)
 
 
 class Problem(NamedTuple):
-    """Independent one-dimensional problems, (B,): the denoiser `D(y, lam)` and the exact solution `y(lam)`."""
+    """Independent 1-D problems, (B,): the denoiser `D(y, lam)` and the exact solution `y(lam)`."""
 
     denoised: Callable[[np.ndarray, float], np.ndarray]
     solution: Callable[[float], np.ndarray]
@@ -57,7 +57,7 @@ def gaussians() -> Problem:
 
 
 def mixture(first: float = -3.0, last: float = SPAN[1]) -> Problem:
-    """0.3 N(-1, 0.5^2) + 0.7 N(1.2, 0.8^2) from several starts at lam = `first`; solution by DOP853 to 1e-12."""
+    """0.3 N(-1, 0.5^2) + 0.7 N(1.2, 0.8^2) from starts at lam = `first`; solution by DOP853 to 1e-12."""
     log_w, mean, variance = np.log([0.3, 0.7]), np.array([-1.0, 1.2]), np.array([0.25, 0.64])
 
     def denoised(y: np.ndarray, lam: float) -> np.ndarray:
@@ -83,7 +83,9 @@ def even_grid(sde: LinearSDE, steps: int, span: tuple[float, float] = SPAN, befo
 def propagate(
     table: Tableau, denoised: Callable[[np.ndarray, int], np.ndarray], pinned: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """The last state of a deterministic table, row by row; rows k < len(pinned) see `pinned[k]`, not their own state."""
+    """The last state of a deterministic table, row by row; rows k < len(pinned) see `pinned[k]`, not their
+    own state.
+    """
     skip, out, keep, mix = (value.tolist() for value in (table.skip, table.out, table.keep, table.mix))
     outputs: list[np.ndarray] = []  # newest first
     x = pinned[0]
@@ -103,14 +105,17 @@ def order(
 ) -> Measured:
     """Convergence order of a deterministic solver: slope of the largest error at the end of the span.
 
-    The history of a multistep solver is seeded: the rows in front of the span, and those at its start, see the exact
-    trajectory. (A method that starts by itself has a first step of order 1, hence is only of second order.)
+    The history of a multistep solver is seeded: the rows in front of the span, and those at its start, see
+    the exact trajectory. (A method that starts by itself has a first step of order 1, hence is only of second
+    order.)
     """
     problem = gaussians() if problem is None else problem
     return _slope(steps, [_error(solver, sde, problem, n, span) for n in steps])
 
 
-def _error(solver: TableSolver, sde: LinearSDE, problem: Problem, steps: int, span: tuple[float, float]) -> float:
+def _error(
+    solver: TableSolver, sde: LinearSDE, problem: Problem, steps: int, span: tuple[float, float]
+) -> float:
     table = solver.tableau(sde, even_grid(sde, steps, span, before=solver.card.memory))
     alpha, lam = sde.alpha(table.times).tolist(), (0.5 * sde.log_snr(table.times)).tolist()
     seeded = next(k for k, value in enumerate(lam) if value > span[0] + 1e-9)
@@ -125,11 +130,12 @@ def _error(solver: TableSolver, sde: LinearSDE, problem: Problem, steps: int, sp
 def weak_order(
     solver: TableSolver, sde: LinearSDE, steps: Sequence[int] = WEAK_STEPS, span: tuple[float, float] = SPAN
 ) -> Measured:
-    """Weak order of a stochastic solver, by exact law: slope of the largest error of mean and variance of y at the end.
+    """Weak order of a stochastic solver, by exact law: slope of the largest error of mean and variance of y
+    at the end.
 
-    The run starts from the exact marginal and builds its history by itself: the one step of first order with which a
-    multistep solver begins costs O(h^2), so weak orders up to 2 are seen, and not more. More steps than for `order`,
-    because terms of the ODE's higher order fade slowly where there is little noise.
+    The run starts from the exact marginal and builds its history by itself: the one step of first order with
+    which a multistep solver begins costs O(h^2), so weak orders up to 2 are seen, and not more. More steps
+    than for `order`, because terms of the ODE's higher order fade slowly where there is little noise.
     """
     law = Gaussian(torch.tensor(MEANS), torch.tensor(VARIANCES))
     errors = []
@@ -148,11 +154,16 @@ def _slope(steps: Sequence[int], errors: list[float]) -> Measured:
 
 
 def examples() -> dict[str, Solver]:
-    """Name -> solver object with all options worth testing: the library's own list, and further members of its family."""
+    """Name -> solver object with all options worth testing: the library's own list, and further members of
+    its family.
+    """
     corners = [
         *(solvers.exponential(2, stored=stored) for stored in ("noise", "velocity", "flow")),
         *(solvers.exponential(2, variable=variable) for variable in ("sigma/alpha", "sigma", "t")),
-        *(solvers.exponential(p, corrector=p + 1, stored=s) for p, s in ((1, "data"), (2, "noise"), (3, "velocity"))),
+        *(
+            solvers.exponential(p, corrector=p + 1, stored=s)
+            for p, s in ((1, "data"), (2, "noise"), (3, "velocity"))
+        ),
         solvers.exponential(3, stored="flow", variable="sigma"),
         solvers.exponential(4, stored="velocity", variable="t"),
         solvers.exponential(2, corrector=3, tau=1.3),

@@ -1,4 +1,5 @@
-"""Adaptive solvers: accuracy against exact flows and laws, independence of the batch, honest counts, hostile models."""
+"""Adaptive solvers: accuracy against exact flows and laws, independence of the batch, honest counts, hostile
+models."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def curved(x: Tensor, t: Tensor) -> Tensor:
     return (0.3 + x) / (1 + column(t, x) + x * x)
 
 
-# --- numbers of one step -------------------------------------------------------------------------------------
+# --- numbers of one step
+-------------------------------------------------------------------------------------
 
 
 def test_total_and_error_by_their_formulas():
@@ -143,7 +145,8 @@ def test_alone_gives_the_bits_of_any_batch():
     st.floats(-0.3, 0.3),
 )
 def test_integrals_are_exact_for_every_polynomial_of_the_nodes(nodes, used, stop):
-    """int p over [start, stop] = sum w p(u) for powers below the number of nodes; unused ones have no weight."""
+    """int p over [start, stop] = sum w p(u) for powers below the number of nodes; unused ones have no
+    weight."""
     start, u = 0.05, torch.tensor([nodes, nodes[::-1]], dtype=F64)
     mask = (torch.arange(9) < used).expand(2, -1)
     limits = torch.tensor([start, start], dtype=F64), torch.tensor([stop, 2 * stop], dtype=F64)
@@ -163,12 +166,14 @@ def test_the_flow_variable_and_its_inverse(sde):
     torch.testing.assert_close(Flow(sde).time(Flow(sde).log_u(t)), t, rtol=1e-9, atol=1e-12)
 
 
-# --- the ODE: accuracy ---------------------------------------------------------------------------------------
+# --- the ODE: accuracy
+---------------------------------------------------------------------------------------
 
 
 @every_sde
 def test_ode_error_follows_the_tolerance_on_gaussian_data(sde):
-    """At most 10 tol, and smaller for smaller tol (PROPERTIES 43); from the first time to the last and back."""
+    """At most 10 tol, and smaller for smaller tol (PROPERTIES 43); from the first time to the last and
+    back."""
     law = diagonal()
     model, x = law.denoiser(sde), sde.prior_std * normals(8, 4)
     errors, calls = [], []
@@ -185,18 +190,15 @@ def test_ode_error_follows_the_tolerance_on_gaussian_data(sde):
 
 @every_sde
 def test_encoding_undoes_decoding(sde):
-    """PROPERTIES 44, and both against the exact flow; a Rectified flow goes back to where there is no signal."""
-    law, tol = diagonal(), 1e-6
-    model, x = law.denoiser(sde), sde.prior_std * normals(6, 4)
-    grid = grids.uniform(sde, 1)
-    data = adaptive_ode(tol, tol).solve(model, x, grid)
-    back = adaptive_ode(tol, tol).solve(model, data.x, grid.reversed())
-    assert back.status == OK and back.end == sde.t_max
-    # The state is compared on the scale on which the tolerance holds; encoding magnifies what is small in data.
-    scale = float(sde.alpha(sde.t_max) + sde.sigma(sde.t_max))
-    assert float((back.x - x).abs().max()) <= 100 * tol * scale
-    exact = flow(law, sde, data.x, sde.default_end, sde.t_max)
-    assert float((back.x - exact).abs().max()) <= 100 * tol * scale
+    """PROPERTIES 44, and both against the exact flow; a Rectified flow goes back to where there is no
+    signal."""
+    law, tol = diagonal(), 1e-6 model, x = law.denoiser(sde), sde.prior_std * normals(6, 4) grid =
+    grids.uniform(sde, 1) data = adaptive_ode(tol, tol).solve(model, x, grid) back = adaptive_ode(tol,
+    tol).solve(model, data.x, grid.reversed()) assert back.status == OK and back.end == sde.t_max # The state
+    is compared on the scale on which the tolerance holds; encoding magnifies what is small in data. scale =
+    float(sde.alpha(sde.t_max) + sde.sigma(sde.t_max)) assert float((back.x - x).abs().max()) <= 100 * tol *
+    scale exact = flow(law, sde, data.x, sde.default_end, sde.t_max) assert float((back.x -
+    exact).abs().max()) <= 100 * tol * scale
 
 
 @pytest.mark.parametrize("order", range(1, 9))
@@ -264,15 +266,17 @@ def test_dense_output_is_nan_where_a_sample_did_not_get():
             adaptive_ode(at=times).solve(diagonal(2).denoiser(VP), x, ends(VP))
 
 
-# --- both: one sample and its batch --------------------------------------------------------------------------
+# --- both: one sample and its batch
+--------------------------------------------------------------------------
 
 
 @either
 @every_sde
 @pytest.mark.parametrize("state", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_a_sample_does_not_depend_on_its_batch(solver, sde, state, unchecked):
-    """Bit by bit: alone, in batches of 1 to 64, permuted. Schedules that are not elementwise to the last bit can
-    only do so to rounding: `Sigmoid` uses torch.sigmoid, whose last digit depends on the length of a tensor."""
+    """Bit by bit: alone, in batches of 1 to 64, permuted. Schedules that are not elementwise to the last bit
+    can only do so to rounding: `Sigmoid` uses torch.sigmoid, whose last digit depends on the length of a
+    tensor."""
     start = 0.999 if isinstance(sde, Rectified) and isinstance(solver, AdaptiveSDE) else sde.t_max
     model, times = Model(curved, sde), ends(sde, start)
     noise = Noise.of(3, batch=64, dtype=state)
@@ -286,15 +290,15 @@ def test_a_sample_does_not_depend_on_its_batch(solver, sde, state, unchecked):
             return bool(torch.allclose(part.x, whole.x[rows], rtol=1e-2, atol=1e-2))
         return torch.equal(part.x, whole.x[rows]) and torch.equal(part.evaluations, whole.evaluations[rows])
 
-    assert whole.status == OK and len(set(whole.evaluations.tolist())) > 1
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    assert same(order)
-    assert all(same(order[first : first + n]) for first, n in ((0, 1), (9, 1), (1, 2), (5, 3), (20, 7), (40, 16)))
+    assert whole.status == OK and len(set(whole.evaluations.tolist())) > 1 order = torch.randperm(64,
+    generator=torch.Generator().manual_seed(0)) assert same(order) assert all(same(order[first : first + n])
+    for first, n in ((0, 1), (9, 1), (1, 2), (5, 3), (20, 7), (40, 16)))
 
 
 @either
 def test_a_wide_sample_does_not_depend_on_its_batch(solver, unchecked):
-    """The error norm of 40000 numbers, which torch.mean adds up in parallel for one row but not for several."""
+    """The error norm of 40000 numbers, which torch.mean adds up in parallel for one row but not for
+    several."""
     noise = Noise.of(0, batch=3)
     x = noise.prior((3, 40_000))
     whole = solver.solve(Model(curved), x, ends(VP, 0.05), noise=noise)
@@ -348,7 +352,8 @@ def test_the_call_limit_is_kept_and_reported_per_sample(solver):
             expected = tuple(OK if e else EXHAUSTED for e in enough)
             assert drawn.status == (expected if len(set(expected)) > 1 else expected[0])
             if end:
-                assert torch.equal(drawn.x[enough], free.x[enough])  # what succeeds does not depend on the limit
+                assert torch.equal(drawn.x[enough], free.x[enough])  # what succeeds does not depend on the
+                limit
             assert bool(drawn.x.isfinite().all())
     assert torch.equal(make(max_calls=1).solve(model, x, ends(VP), noise=noise).x, x)
 
@@ -446,7 +451,8 @@ def test_modules_are_put_in_evaluation_mode_and_back(solver):
     assert model.training and model.network.training
 
 
-# --- hostile models ------------------------------------------------------------------------------------------
+# --- hostile models
+------------------------------------------------------------------------------------------
 
 
 def nan(x: Tensor) -> Tensor:
@@ -515,7 +521,8 @@ def test_hostile_models_end_quickly_with_a_status(solver, function, expected, un
     assert found <= expected
     assert bool(drawn.x.isfinite().all())  # the last state that was accepted
     if expected == {NOT_FINITE} and "later" not in function.__code__.co_names:
-        assert drawn.network_calls <= 1 + len(drawn.x)  # seen at once; "one ..." strikes the first of those left
+        assert drawn.network_calls <= 1 + len(drawn.x)  # seen at once; "one ..." strikes the first of those
+        left
 
 
 @either
@@ -591,7 +598,8 @@ def test_tolerances_below_rounding_end(solver, state):
 
 @pytest.mark.parametrize("make", [adaptive_ode, adaptive_sde])
 def test_arguments_are_checked(make):
-    for rtol, atol in ((0, 0), (-1e-3, 1e-3), (1e-3, -1e-3), (math.nan, 1e-3), (1e-3, math.nan), (1.0, 0), (0, math.inf)):
+    for rtol, atol in ((0, 0), (-1e-3, 1e-3), (1e-3, -1e-3), (math.nan, 1e-3), (1e-3, math.nan), (1.0, 0),
+    (0, math.inf)):
         with pytest.raises(ValueError, match="expected tolerances"):
             make(rtol, atol)
     for limit in (0, -1, 1.5, True, math.inf):
@@ -619,12 +627,14 @@ def test_times_and_noise_are_checked():
     assert short.status == OK and torch.equal(short.x, model(x, 1e-4))
 
 
-# --- the SDE: its law and its path ---------------------------------------------------------------------------
+# --- the SDE: its law and its path
+---------------------------------------------------------------------------
 
 
-def variance_error(dim: int, rtol: float, coordinates: int, sde: LinearSDE = VP, start: float | None = None) -> float:
-    """Relative error of the variance over all coordinates, beyond which the claim is broken if it exceeds 1, in
-    units of rtol/5 + 6.2 standard errors (false alarm below 1e-9 if the bias is within rtol/5)."""
+def variance_error(dim: int, rtol: float, coordinates: int, sde: LinearSDE = VP, start: float | None = None)
+-> float:
+    """Relative error of the variance over all coordinates, beyond which the claim is broken if it exceeds 1,
+    in units of rtol/5 + 6.2 standard errors (false alarm below 1e-9 if the bias is within rtol/5)."""
     law, n = Gaussian(torch.full((dim,), 0.7, dtype=F64), 0.25), coordinates // dim
     noise = Noise.of(0, batch=n, dtype=torch.float32)
     first = law.marginal(sde, sde.t_max if start is None else start)
@@ -654,7 +664,8 @@ def test_sde_variance(dim, rtol, alpha_ledger, unchecked):
 
 
 @pytest.mark.parametrize(("dim", "coordinates", "power"), [(1, 20_000, 5), (8, 40_000, 2)])
-def test_drawing_anew_after_a_rejected_step_fails_the_same_test(dim, coordinates, power, monkeypatch, alpha_ledger):
+def test_drawing_anew_after_a_rejected_step_fails_the_same_test(dim, coordinates, power, monkeypatch,
+alpha_ledger):
     """Measured: 65 % of the variance are lost in one dimension, 13 % in eight."""
     alpha_ledger.spend(1e-9, f"adaptive SDE, variance at dimension {dim}, fewer samples")
     assert variance_error(dim, 0.05, coordinates) < 1
@@ -675,9 +686,11 @@ def test_sde_variance_of_other_processes(name, alpha_ledger, unchecked):
 
 @every_sde
 def test_sde_steps_are_exact_for_data_linear_in_lam(sde, unchecked):
-    """E[x_0 | x] = a + b lam, whatever x, at tolerances that accept all: then the steps do not depend on a and b, and
+    """E[x_0 | x] = a + b lam, whatever x, at tolerances that accept all: then the steps do not depend on a
+    and b, and
 
-        x_t/alpha_t = e^(-2H) x_s/alpha_s + int_s^t 2 e^(-2 (lam_t - v)) (a + b v) dv + noise,    H = lam_t - lam_s.
+        x_t/alpha_t = e^(-2H) x_s/alpha_s + int_s^t 2 e^(-2 (lam_t - v)) (a + b v) dv + noise,    H = lam_t -
+        lam_s.
     """
     start = 0.999 if isinstance(sde, Rectified) else sde.t_max
     noise, times = Noise.of(0, batch=3, dtype=F64), ends(sde, start)
@@ -697,11 +710,12 @@ def test_sde_steps_are_exact_for_data_linear_in_lam(sde, unchecked):
 
 
 def test_sde_errors_fall_with_the_tolerance_along_one_path():
-    """Strong convergence is out of reach of two runs (other steps, other path); the cost tells that rtol acts."""
+    """Strong convergence is out of reach of two runs (other steps, other path); the cost tells that rtol
+    acts."""
     noise, law = Noise.of(0, batch=20, dtype=F64), diagonal()
     calls = [
-        adaptive_sde(tol, tol).solve(law.denoiser(VP), noise.prior((20, 4)), ends(VP), noise=noise).network_calls
-        for tol in (0.1, 0.01, 0.001)
+        adaptive_sde(tol, tol).solve(law.denoiser(VP), noise.prior((20, 4)), ends(VP),
+        noise=noise).network_calls for tol in (0.1, 0.01, 0.001)
     ]
     # a step goes like tol^(2/3): 4.6 times as many for a tenth
     assert 3 < calls[1] / calls[0] < 6 and 3 < calls[2] / calls[1] < 6
@@ -709,7 +723,8 @@ def test_sde_errors_fall_with_the_tolerance_along_one_path():
 
 
 def walk(n: int, dim: int, attempts: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random steps on a Brownian path, accepted or not: (n, K) places and (n, K, dim) values at the accepted ones."""
+    """Random steps on a Brownian path, accepted or not: (n, K) places and (n, K, dim) values at the accepted
+    ones."""
     g = torch.Generator().manual_seed(seed)
     lam, x = torch.full((n,), -1.0, dtype=F64), torch.zeros(n, dim, dtype=F64)
     state = SDEState.begin(lam.exp(), lam, x, x)
@@ -717,14 +732,11 @@ def walk(n: int, dim: int, attempts: int, seed: int) -> tuple[Tensor, Tensor]:
     for _ in range(attempts):
         s = torch.minimum(state.s + 0.3 * torch.rand(n, generator=g, dtype=F64), state.ahead[:, 0])
         increment, std = state.bridge(s, torch.randn(n, dim, generator=g, dtype=F64))
-        torch.testing.assert_close(std**2, (2 * s).exp() - (2 * state.s).exp(), rtol=1e-9, atol=0)
-        accepted = (torch.rand(n, generator=g) < 0.5) | (increment.abs().mean(1) < 0.1)  # may look at the path
-        ahead, increments = state.remember(s, increment, accepted)
-        at = torch.where(accepted, s, state.s)
-        value = torch.where(accepted[:, None], state.x + increment, state.x)
-        state = SDEState(state.t, at, value, state.h, state.finite, state.output, ahead, increments)
-        places.append(at)
-        values.append(value)
+        torch.testing.assert_close(std**2, (2 * s).exp() - (2 * state.s).exp(), rtol=1e-9, atol=0) accepted =
+        (torch.rand(n, generator=g) < 0.5) | (increment.abs().mean(1) < 0.1)  # may look at the path ahead,
+        increments = state.remember(s, increment, accepted) at = torch.where(accepted, s, state.s) value =
+        torch.where(accepted[:, None], state.x + increment, state.x) state = SDEState(state.t, at, value,
+        state.h, state.finite, state.output, ahead, increments) places.append(at) values.append(value)
     return torch.stack(places, 1), torch.stack(values, 1)
 
 
@@ -745,7 +757,8 @@ def test_the_path_is_brownian_however_it_is_visited(alpha_ledger):
 
 @given(st.lists(st.floats(0.05, 0.95), min_size=1, max_size=6), st.integers(0, 1000))
 def test_rejected_places_are_visited_again_with_the_same_value(fractions, seed):
-    """Steps shrink by rejections, then go through all places on the list: the values shown are the values met."""
+    """Steps shrink by rejections, then go through all places on the list: the values shown are the values
+    met."""
     g = torch.Generator().manual_seed(seed)
     lam, x = torch.tensor([0.3, -0.2], dtype=F64), torch.zeros(2, 3, dtype=F64)
     state = SDEState.begin(lam, lam, x, x)

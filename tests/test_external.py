@@ -20,7 +20,8 @@ from scoresde.laws import ExactDenoiser, Gaussian, Mixture
 from scoresde.noise import BrownianPath, Noise
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
 from scoresde.solvers.external import SCIPY, TORCHSDE, scipy_ode, torchsde_solver
-from scoresde.solvers.external_sde import PathIncrements, StepNoise
+from scoresde.solvers.external_ode import Calls
+from scoresde.solvers.external_sde import PathIncrements, ReverseTime, StepNoise
 
 F64 = torch.float64
 VP = VPSDE()
@@ -570,6 +571,21 @@ def test_adaptive_law(alpha_ledger, unchecked):
     assert abs(float(out.x.std()) - 0.5) < 6.5 * 0.5 / math.sqrt(4000) + 0.02
 
 
+def test_no_call_is_made_twice():
+    """A step doubled needs the drift at its start once: 2 calls for Euler, 5 for Heun."""
+    x, noise = torch.ones(2, 1, dtype=F64), Noise.of(0, batch=2, dtype=F64)
+    for method, calls in (("euler", 2), ("heun", 5)):
+        solver = torchsde_solver(method, True, 0.9, 1e3)
+        out = solver.solve(Affine(gaussian(), VP), x, torch.tensor([0.5, 0.3], dtype=F64), noise=noise)
+        assert out.network_calls == calls
+    model, counted = Affine(gaussian(), VP), Calls()
+    sde = ReverseTime(model, x.shape, TORCHSDE["euler"], counted)
+    for t, made in ((0.5, 1), (0.5, 1), (0.4, 2)):
+        assert (
+            torch.equal(sde.score(torch.tensor(-t, dtype=F64), x), model.score(x, t)) and counted.made == made
+        )
+
+
 def test_adaptive_statuses_and_counts(unchecked):
     x, noise = torch.zeros(2, 1, dtype=F64), Noise.of(0, batch=2, dtype=F64)
     grid = grids.uniform(VP, 20)
@@ -602,8 +618,8 @@ def test_adaptive_samples_one_by_one(unchecked):
     model = Mixture([0.5, 0.5], torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=F64), 0.05).denoiser(VP)
     options = {"grid": torch.tensor([1.0, 0.9, 0.02], dtype=F64), "seed": 2**40 + 3}
     solver, single = (
-        torchsde_solver("heun", True, 5e-2, 5e-2),
-        torchsde_solver("heun", True, 5e-2, 5e-2, per_sample=True),
+        torchsde_solver("heun", True, 0.2, 0.2),
+        torchsde_solver("heun", True, 0.2, 0.2, per_sample=True),
     )
     alone = [sample(model, (1, 2), solver, ids=[i], **options) for i in range(3)]
     together = sample(model, (3, 2), single, **options)

@@ -60,7 +60,9 @@ def test_every_grid_has_its_nodes_and_its_ends(name: str, spacing: str) -> None:
                 check(GRIDS[spacing](sde, steps, end), sde, steps, sde.default_end if end is None else end)
 
 
-@given(st.sampled_from(sorted(SDES)), st.sampled_from(sorted(GRIDS)), st.integers(1, 300), st.floats(1e-6, 0.9))
+@given(
+    st.sampled_from(sorted(SDES)), st.sampled_from(sorted(GRIDS)), st.integers(1, 300), st.floats(1e-6, 0.9)
+)
 def test_any_number_of_steps_and_any_end(name: str, spacing: str, steps: int, fraction: float) -> None:
     sde = SDES[name]
     end = sde.t_min + fraction * (sde.t_max - sde.t_min)
@@ -83,7 +85,9 @@ def test_spacings_by_formula(name: str) -> None:
     sde, n = SDES[name], 13
     start, end = sde.t_max, sde.default_end
     i = np.arange(n + 1) / n
-    np.testing.assert_allclose(grids.uniform(sde, n).t.numpy(), start + i * (end - start), rtol=1e-12, atol=1e-15 * start * 10)
+    np.testing.assert_allclose(
+        grids.uniform(sde, n).t.numpy(), start + i * (end - start), rtol=1e-12, atol=1e-15 * start * 10
+    )
     root = math.sqrt(start) + i * (math.sqrt(end) - math.sqrt(start))
     np.testing.assert_allclose(grids.quadratic(sde, n).t.numpy(), root**2, rtol=1e-12, atol=1e-16)
     first, last = (float(sde.log_snr(t)) / 2 for t in (start, end))
@@ -173,7 +177,7 @@ def test_labels() -> None:
 @pytest.mark.parametrize("spacing", [*GRIDS, "ddpm"])
 def test_steps_must_be_a_whole_number(unchecked, spacing: str, steps) -> None:
     make = {**GRIDS, "ddpm": grids.ddpm}[spacing]
-    with pytest.raises(ValueError, match="whole number of steps >= 1"):
+    with pytest.raises(ValueError, match="whole number of steps"):
         make(DDPM, steps)
 
 
@@ -186,7 +190,7 @@ def test_end_must_lie_in_the_range(spacing: str, end: float) -> None:
 
 def test_end_below_the_noise_floor_of_edm() -> None:
     sde = EDM()
-    with pytest.raises(ValueError, match="or 0, found 0.001"):
+    with pytest.raises(ValueError, match=r"or 0, found 0\.001"):
         grids.karras(sde, 5, 1e-3)
     assert float(grids.karras(sde, 5, 0.002).t[-1]) == 0.002
 
@@ -226,7 +230,7 @@ def test_times_that_are_no_grid(times, message: str) -> None:
 
 
 def test_times_outside_the_range_or_too_fine() -> None:
-    with pytest.raises(ValueError, match="t >= 0|expected times in"):
+    with pytest.raises(ValueError, match=r"t >= 0|expected times in"):
         Grid.of(VPSDE(), torch.tensor([1.0, -0.1]))
     with pytest.raises(ValueError, match="expected times in"):
         Grid.of(EDM(), torch.tensor([80.0, 0.001]))
@@ -263,5 +267,8 @@ def test_reversed() -> None:
 
 def test_repr_shows_the_nodes() -> None:
     sde = EDM()
-    assert repr(grids.uniform(VPSDE(), 2, 0.0)) == "Grid(2 steps, t=[1.0, 0.5, 0.0], lam=[-5.024978, -1.227568, inf])"
+    assert (
+        repr(grids.uniform(VPSDE(), 2, 0.0))
+        == "Grid(2 steps, t=[1.0, 0.5, 0.0], lam=[-5.024978, -1.227568, inf])"
+    )
     assert "Grid(17 steps, t=[80.0, 57.585985, 40.785574, 0.007528, 0.002]" in repr(grids.karras(sde, 17))

@@ -1,4 +1,6 @@
-"""`sample`: reproducible whatever the batch, its order, the process, the thread or the dtype; clear errors; nothing left behind."""
+"""`sample`: reproducible whatever the batch, its order, the process, the thread or the dtype; clear errors;
+nothing left behind.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ from scoresde.tableau import Step
 
 VP = VPSDE()
 TABLES = protocol.table_solvers()
-SOME = {repr(s): s for s in (solvers.ddpm(), solvers.dpmpp(3), solvers.unipc(2), solvers.sa(), solvers.heun(), solvers.edm())}
+SOME = {
+    repr(s): s
+    for s in (solvers.ddpm(), solvers.dpmpp(3), solvers.unipc(2), solvers.sa(), solvers.heun(), solvers.edm())
+}
 
 
 class Normal(BaseDenoiser):
@@ -83,7 +88,7 @@ def unet(dropout: float = 0.0) -> UNet:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_sample_is_a_function_of_seed_and_id(name: str) -> None:
-    """Bit for bit in batches of 1, 7 and 64 and in any order, for a denoiser that works element by element."""
+    """Bit for bit in batches of 1, 7 and 64 and in any order, for an element-wise denoiser."""
     draw = partial(sample, Normal(), solver=TABLES[name], steps=3, seed=11)
     whole = draw(shape=(64, 3)).x
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
@@ -111,7 +116,9 @@ def two_models(ids: range) -> dict[str, Tensor]:
     shape = (len(ids), 1, 8, 8)
     return {
         "elementwise": sample(Normal(), shape, solvers.ddpm(), steps=6, seed=3, ids=ids).x,
-        "unet": sample(Denoiser(unet(), VP, "velocity"), shape, solvers.sde_dpmpp(2), steps=6, seed=3, ids=ids).x,
+        "unet": sample(
+            Denoiser(unet(), VP, "velocity"), shape, solvers.sde_dpmpp(2), steps=6, seed=3, ids=ids
+        ).x,
     }
 
 
@@ -122,7 +129,14 @@ def test_split_over_processes(tmp_path: Path) -> None:
     running = []
     for first, last in ((0, 25), (25, 64)):
         out = tmp_path / f"{first}.pt"
-        command = [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent)), str(first), str(last), str(out)]
+        command = [
+            sys.executable,
+            "-c",
+            SCRIPT.format(tests=str(Path(__file__).parent)),
+            str(first),
+            str(last),
+            str(out),
+        ]
         running.append((subprocess.Popen(command, env=environment), first, last, out))
     for process, first, last, out in running:
         assert process.wait(timeout=120) == 0
@@ -147,7 +161,9 @@ def test_global_randomness_is_neither_used_nor_moved() -> None:
         np.random.seed(1)
         state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
         first = sample(Normal(), (3, 2), solver, steps=4).x
-        assert torch.equal(torch.get_rng_state(), state) and (np.random.get_state()[1] == numpy_state).all(), name
+        assert (
+            torch.equal(torch.get_rng_state(), state) and (np.random.get_state()[1] == numpy_state).all()
+        ), name
         torch.manual_seed(2)
         sample(Normal(), (5, 2), solvers.ddpm(), steps=7, seed=9)
         assert torch.equal(sample(Normal(), (3, 2), solver, steps=4).x, first), name
@@ -198,7 +214,10 @@ def test_memory_layout_does_not_matter(name: str) -> None:
         found = solver.solve(model, other, grid, noise=noise).x
         assert torch.equal(found, expected) and not found.requires_grad
     row = x[:1].expand(2, 3, 4, 4)
-    assert torch.equal(solver.solve(model, row, grid, noise=noise).x, solver.solve(model, row.contiguous(), grid, noise=noise).x)
+    assert torch.equal(
+        solver.solve(model, row, grid, noise=noise).x,
+        solver.solve(model, row.contiguous(), grid, noise=noise).x,
+    )
     before = x.clone()
     solver.solve(model, x, grid, noise=noise)
     assert torch.equal(x, before)
@@ -206,7 +225,9 @@ def test_memory_layout_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOME)
 def test_rotations_and_shifts(name: str) -> None:
-    """Sampling Q x with the rotated denoiser and noise gives the rotated samples; likewise for c x + b in VE terms."""
+    """Sampling Q x with the rotated denoiser and noise gives the rotated samples; likewise for c x + b in VE
+    terms.
+    """
     solver, rng = SOME[name], np.random.default_rng(0)
     Q = torch.from_numpy(np.linalg.qr(rng.normal(size=(3, 3)))[0])
     mean, root = torch.from_numpy(rng.normal(size=3)), torch.from_numpy(rng.normal(size=(3, 3)))
@@ -242,7 +263,10 @@ def test_device_and_dtype(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("predicts", ["data", "noise", "velocity", "flow"])
-@pytest.mark.parametrize(("network", "state"), [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    ("network", "state"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
 def test_dtype_of_the_network(predicts: str, network: torch.dtype, state: torch.dtype) -> None:
     """The state follows the network, but never below float32; results agree to the network's own rounding."""
     model = Denoiser(Pixelwise(), VP, predicts)
@@ -261,12 +285,14 @@ def test_states_are_float32_or_float64(wrong: torch.dtype) -> None:
     assert model.calls == 0
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SOME else pytest.mark.slow) for n in TABLES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in SOME else pytest.mark.slow) for n in TABLES]
+)
 def test_float32_keeps_up_over_1000_steps(name: str, unchecked) -> None:
     """Same normals, same coefficients: the difference to float64 is a random walk of roundings.
 
-    A row rounds about three times, each by up to 2^-24 of the state, so K rows leave a spread of about 2^-24 K^(1/2); the
-    largest of 64 coordinates stays within three of them (5.7e-6 for a thousand rows).
+    A row rounds about three times, each by up to 2^-24 of the state, so K rows leave a spread of about 2^-24
+    K^(1/2); the largest of 64 coordinates stays within three of them (5.7e-6 for a thousand rows).
     """
     solver = TABLES[name]
     grid, model = grids.quadratic(VP, 1000), Normal()
@@ -275,7 +301,9 @@ def test_float32_keeps_up_over_1000_steps(name: str, unchecked) -> None:
     for dtype in (torch.float64, torch.float32):
         noise = Noise.of(2, batch=1, dtype=dtype)
         drawn = [noise(row, (1, 64)) for row in range(7)]
-        once = execute(table, model, noise.prior((1, 64)), noise=lambda k, shape, z=drawn: z[k % 7].roll(k // 7, 1))
+        once = execute(
+            table, model, noise.prior((1, 64)), noise=lambda k, shape, z=drawn: z[k % 7].roll(k // 7, 1)
+        )
         results.append(once.x.double())
     gap = float((results[0] - results[1]).abs().max() / results[0].abs().max())
     assert gap < 3 * 2**-24 * math.sqrt(len(table))
@@ -310,11 +338,21 @@ def test_what_grid_is_used(sde: LinearSDE) -> None:
 
 
 def test_the_prior_and_the_end() -> None:
-    """The state starts as prior_std times the noise's own prior, and finishes with the denoised data at end=0."""
+    """The state starts as prior_std times the noise's own prior, and finishes with the denoised data at
+    end=0.
+    """
     seen: list[Step] = []
     for sde in (VP, EDM(), VESDE()):
         seen.clear()
-        drawn = sample(Normal(sde), (3, 2), solvers.dpmpp(2), steps=4, end=0.0 if sde is not VESDE() else None, seed=5, callback=seen.append)
+        drawn = sample(
+            Normal(sde),
+            (3, 2),
+            solvers.dpmpp(2),
+            steps=4,
+            end=0.0 if sde is not VESDE() else None,
+            seed=5,
+            callback=seen.append,
+        )
         start = Noise.of(5, batch=3).prior((3, 2)) * sde.prior_std
         assert torch.equal(seen[0].x, start) and seen[0].t == sde.t_max
         if float(sde.sigma(0.0)) == 0:
@@ -327,7 +365,11 @@ def test_conflicts_and_mistakes_are_named_before_the_first_call() -> None:
     draw = partial(sample, model, (2, 3), solvers.ddpm())
     grid = grids.uniform(VP, 5)
     cases = [
-        (partial(draw, grid=grid, end=0.0), ValueError, r"ends at end=0.0, found one that ends at 0\.001; give one of the two"),
+        (
+            partial(draw, grid=grid, end=0.0),
+            ValueError,
+            r"ends at end=0.0, found one that ends at 0\.001; give one of the two",
+        ),
         (partial(draw, grid=grid.t, end=0.5), ValueError, "give one of the two"),
         (partial(draw, end=2.0), ValueError, "expected an end in"),
         (partial(draw, end=math.nan), ValueError, "expected an end in"),
@@ -398,7 +440,9 @@ def test_callback_and_path() -> None:
         steps.clear()
         found = sample(model, (3, 2), solver, grid=grid, callback=watch)
         table = solver.tableau(VP, grid)
-        assert [s.k for s in steps] == list(range(len(table))) and [s.t for s in steps] == table.times[:-1].tolist()
+        assert [s.k for s in steps] == list(range(len(table))) and [s.t for s in steps] == table.times[
+            :-1
+        ].tolist()
         assert len(found.path) == len(table) - 1 and torch.equal(found.path[1], steps[2].x)
         for s in steps:
             torch.testing.assert_close(s.denoised, model(s.x, torch.tensor(s.t, dtype=torch.float64)))
@@ -448,7 +492,13 @@ def test_not_a_number_is_named(value: float) -> None:
             sample(model, (2, 2), solver, grid=t)
         assert model.calls == 3
     # large numbers are no fault, even if their sum is too large
-    big = sample(Returns(lambda x, call: torch.full_like(x, 3e38)), (2, 2), solvers.ddim(), grid=t[-2:], dtype=torch.float32)
+    big = sample(
+        Returns(lambda x, call: torch.full_like(x, 3e38)),
+        (2, 2),
+        solvers.ddim(),
+        grid=t[-2:],
+        dtype=torch.float32,
+    )
     assert big.x.isfinite().all()
 
 
@@ -473,8 +523,12 @@ def test_outputs_of_another_shape_do_not_broadcast(make) -> None:
 
 def test_integer_images_are_refused() -> None:
     image = torch.randint(0, 255, (2, 1, 4, 4), dtype=torch.uint8)
-    for model in (Normal(), Denoiser(Pixelwise(), VP, "data"), Gaussian(torch.zeros(1, 4, 4), 1.0).denoiser(VP)):
-        with pytest.raises(TypeError, match="expected a floating state, found torch.uint8"):
+    for model in (
+        Normal(),
+        Denoiser(Pixelwise(), VP, "data"),
+        Gaussian(torch.zeros(1, 4, 4), 1.0).denoiser(VP),
+    ):
+        with pytest.raises(TypeError, match=r"expected a floating state, found torch\.uint8"):
             encode(model, image, solvers.ddim(), steps=3)
         with pytest.raises(TypeError, match="scale integer"):
             solvers.ddim().solve(model, image, grids.uniform(VP, 3))
@@ -484,7 +538,9 @@ def test_predicted_noise_without_signal_is_refused() -> None:
     """Zero terminal SNR: data and flow are fine there, predicted noise says nothing of the data."""
     sde = Rectified()
     for predicts in ("data", "velocity", "flow"):
-        assert sample(Denoiser(Pixelwise(), sde, predicts), (2, 2), solvers.dpmpp(2), steps=4).x.isfinite().all()
+        assert (
+            sample(Denoiser(Pixelwise(), sde, predicts), (2, 2), solvers.dpmpp(2), steps=4).x.isfinite().all()
+        )
     for solver in (solvers.dpmpp(2), solvers.ddpm()):
         with pytest.raises(ValueError, match="without signal"):
             sample(Denoiser(Pixelwise(), sde, "noise"), (2, 2), solver, steps=4)
@@ -515,7 +571,9 @@ def test_dropout_is_off_and_modes_are_restored() -> None:
 def test_no_graph_is_kept() -> None:
     model = Denoiser(unet(), VP, "velocity")
     path: list[Tensor] = []
-    found = sample(model, (1, 1, 8, 8), solvers.heun(), steps=3, callback=lambda step: path.append(step.denoised))
+    found = sample(
+        model, (1, 1, 8, 8), solvers.heun(), steps=3, callback=lambda step: path.append(step.denoised)
+    )
     for value in (found.x, *path):
         assert not value.requires_grad and value.grad_fn is None
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -549,7 +607,9 @@ def test_encode_and_decode() -> None:
         assert not torch.allclose(plain.x, moved.x)
 
 
-@pytest.mark.parametrize("name", [n for n, s in protocol.examples().items() if not isinstance(s, TableSolver)])
+@pytest.mark.parametrize(
+    "name", [n for n, s in protocol.examples().items() if not isinstance(s, TableSolver)]
+)
 def test_other_solvers_answer_sample_too(name: str) -> None:
     """Solvers that are no tables: reproducible, batch-independent, counted and finite."""
     solver = protocol.examples()[name]
@@ -564,4 +624,7 @@ def test_other_solvers_answer_sample_too(name: str) -> None:
 
 def test_grid_objects_are_reusable() -> None:
     grid = Grid.of(VP, torch.tensor([1.0, 0.5, 0.2]))
-    assert torch.equal(sample(Normal(), (1, 1), solvers.ddim(), grid=grid).x, sample(Normal(), (1, 1), solvers.ddim(), grid=grid).x)
+    assert torch.equal(
+        sample(Normal(), (1, 1), solvers.ddim(), grid=grid).x,
+        sample(Normal(), (1, 1), solvers.ddim(), grid=grid).x,
+    )

@@ -37,7 +37,10 @@ def random_table(rows: int, width: int, seed: int) -> Tableau:
     noise = rng.normal(size=rows) * (rng.random(rows) < 0.7)
     return Tableau(
         torch.linspace(1, 1e-3, rows + 1, dtype=torch.float64),
-        *(torch.from_numpy(value) for value in (rng.normal(size=rows), rng.normal(size=rows), rng.normal(size=rows))),
+        *(
+            torch.from_numpy(value)
+            for value in (rng.normal(size=rows), rng.normal(size=rows), rng.normal(size=rows))
+        ),
         torch.from_numpy(mix),
         torch.from_numpy(noise),
         "random",
@@ -45,7 +48,9 @@ def random_table(rows: int, width: int, seed: int) -> Tableau:
 
 
 def forms(table: Tableau) -> np.ndarray:
-    """(K + 1, 1 + 2K) states over (x_0, D_0.., eps_0..), from the definition, history kept as a list of all outputs."""
+    """(K + 1, 1 + 2K) states over (x_0, D_0.., eps_0..), from the definition, history kept as a list of all
+    outputs.
+    """
     K = len(table)
     skip, out, keep, mix, noise = (getattr(table, f).numpy() for f in ("skip", "out", "keep", "mix", "noise"))
     unit = np.eye(1 + 2 * K)
@@ -111,14 +116,23 @@ def test_run_is_the_canonical_form(table: Tableau, seed: int) -> None:
 
 @pytest.mark.parametrize("name", SDES)
 def test_law_is_brute_force(name: str) -> None:
-    """Full covariances in three dimensions, a prior that does not commute with the data: matrices, no eigenvectors."""
+    """Full covariances in three dimensions, a prior that does not commute with the data: matrices, no
+    eigenvectors.
+    """
     sde, rng = SDES[name], np.random.default_rng(3)
     root, prior_root = rng.normal(size=(3, 3)), rng.normal(size=(3, 3)) * sde.prior_std
     S, P = root @ root.T, prior_root @ prior_root.T + 0.1 * np.eye(3)
     mean, prior_mean = rng.normal(size=3), rng.normal(size=3)
     grid = grids.karras(sde, 9)
-    grid = grid if grid.lam[0] > -math.inf else grids.Grid.of(sde, grid.t[1:])  # noise is undefined without signal
-    for solver in (solvers.dpmpp(3), solvers.exponential(2, corrector=3, tau=0.7), solvers.heun(), solvers.ddpm("large")):
+    grid = (
+        grid if grid.lam[0] > -math.inf else grids.Grid.of(sde, grid.t[1:])
+    )  # noise is undefined without signal
+    for solver in (
+        solvers.dpmpp(3),
+        solvers.exponential(2, corrector=3, tau=0.7),
+        solvers.heun(),
+        solvers.ddpm("large"),
+    ):
         table = solver.tableau(sde, grid)
         K, H = len(table), table.mix.shape[1]
         alpha, sigma = (getattr(sde, f)(table.times).numpy() for f in ("alpha", "sigma"))
@@ -159,7 +173,9 @@ def test_law_keeps_the_shape_of_the_event_and_takes_diagonals() -> None:
     prior = Gaussian(torch.full((2, 3), 0.5, dtype=torch.float64), 2.0)
     shifted = table.law(Gaussian(mean, variance), sde, prior=prior)
     assert shifted.mean.shape == (2, 3)
-    slope = (found.variance[1, 2] - table.law(Gaussian(mean, variance), sde, Gaussian(mean, 0.0)).variance[1, 2]).sqrt()
+    slope = (
+        found.variance[1, 2] - table.law(Gaussian(mean, variance), sde, Gaussian(mean, 0.0)).variance[1, 2]
+    ).sqrt()
     assert float(shifted.mean[1, 2] - found.mean[1, 2]) == pytest.approx(0.5 * slope.item(), rel=1e-9)
 
 
@@ -201,7 +217,9 @@ def test_marginal_exact_solvers_keep_the_point_mass(name: str) -> None:
     for sde in SDES.values():
         for make in (grids.karras, grids.quadratic):
             grid = make(sde, 10)
-            if not bool(torch.isfinite(grid.lam[0])):  # noise is undefined without signal: from a node with some
+            if not bool(
+                torch.isfinite(grid.lam[0])
+            ):  # noise is undefined without signal: from a node with some
                 grid = grids.Grid.of(sde, grid.t[1:])
             assert relative_defect(EXACT[name].tableau(sde, grid), sde) < 1e-12
 
@@ -213,12 +231,19 @@ def test_other_solvers_do_not(name: str) -> None:
 
 
 def test_the_ones_that_must_not_are_among_them() -> None:
-    expected = [solvers.euler_maruyama(), solvers.reverse_diffusion(), solvers.ddpm("large"), solvers.seeds(1)]
+    expected = [
+        solvers.euler_maruyama(),
+        solvers.reverse_diffusion(),
+        solvers.ddpm("large"),
+        solvers.seeds(1),
+    ]
     assert {repr(solver) for solver in expected} <= set(INEXACT)
 
 
 def test_defect_is_the_law_of_a_point_mass() -> None:
-    """Column 0 row by row from the definition; column 1 against the law, mean by mean and variance by variance."""
+    """Column 0 row by row from the definition; column 1 against the law, mean by mean and variance by
+    variance.
+    """
     sde = VPSDE()
     for table in (random_table(7, 3, 1), solvers.euler_maruyama().tableau(sde, grids.uniform(sde, 7))):
         defect = table.defect(sde)
@@ -229,7 +254,9 @@ def test_defect_is_the_law_of_a_point_mass() -> None:
         for k in range(K):
             kept = float(table.keep[k]) * alpha[k]
             for j in range(min(k + 1, table.mix.shape[1])):
-                kept += float(table.mix[k, j]) * (float(table.skip[k - j]) * alpha[k - j] + float(table.out[k - j]))
+                kept += float(table.mix[k, j]) * (
+                    float(table.skip[k - j]) * alpha[k - j] + float(table.out[k - j])
+                )
             assert float(defect[k, 0]) == pytest.approx(kept - alpha[k + 1], rel=1e-10, abs=1e-13)
             variance = (form[k + 1, 0] * sigma[0]) ** 2 + (form[k + 1, 1 + K :] ** 2).sum()
             assert float(defect[k, 1]) == pytest.approx(variance - sigma[k + 1] ** 2, rel=1e-10, abs=1e-13)
@@ -237,15 +264,22 @@ def test_defect_is_the_law_of_a_point_mass() -> None:
 
 CLOSED = [solvers.ddpm(), solvers.ddpm("large"), solvers.ddim(), solvers.ddim(0.4), solvers.euler_maruyama(),
           solvers.reverse_diffusion()]  # fmt: skip
-INTEGRATED = [solvers.dpmpp(1), solvers.sde_dpmpp(1), solvers.heun(), solvers.midpoint(), solvers.dpm(3, singlestep=True)]
+INTEGRATED = [
+    solvers.dpmpp(1),
+    solvers.sde_dpmpp(1),
+    solvers.heun(),
+    solvers.midpoint(),
+    solvers.dpm(3, singlestep=True),
+]
 
 
 @pytest.mark.parametrize("solver", [*CLOSED, *INTEGRATED], ids=repr)
 def test_split_runs_are_the_whole_run(solver) -> None:
-    """Tables split at any node concatenate to the whole table, and runs with the noise's row offset to the run.
+    """Tables split at any node concatenate to the whole table, and runs with the noise's row offset to the
+    run.
 
-    Bit for bit where coefficients are closed formulas; integrals are matrix products, whose rounding depends on the number
-    of steps.
+    Bit for bit where coefficients are closed formulas; integrals are matrix products, whose rounding depends
+    on the number of steps.
     """
 
     def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -253,7 +287,10 @@ def test_split_runs_are_the_whole_run(solver) -> None:
 
     sde = VPSDE()
     grid = grids.quadratic(sde, 7, 0.0)
-    model, noise = Gaussian(torch.tensor([0.3, -0.1, 1.0]), 0.5).denoiser(sde), Noise.of(5, batch=4, dtype=torch.float64)
+    model, noise = (
+        Gaussian(torch.tensor([0.3, -0.1, 1.0]), 0.5).denoiser(sde),
+        Noise.of(5, batch=4, dtype=torch.float64),
+    )
     x = noise.prior((4, 3))
     whole_table, whole = solver.tableau(sde, grid), solver.solve(model, x, grid, noise=noise)
     for cut in (1, 3, 6):
@@ -275,7 +312,12 @@ def test_tables_concatenate() -> None:
     both = a + b + c
     assert len(both) == 7 and both.mix.shape == (7, 3)
     assert both.times.tolist() == [1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.0]
-    assert both.name == "dpmpp + ddpm + dpmpp" and join([a, b, c]).name == "dpmpp + ddpm" and join([a]).name == "dpmpp" and (b + b_after(sde)).name == "ddpm"
+    assert (
+        both.name == "dpmpp + ddpm + dpmpp"
+        and join([a, b, c]).name == "dpmpp + ddpm"
+        and join([a]).name == "dpmpp"
+        and (b + b_after(sde)).name == "ddpm"
+    )
     model, x = Gaussian(torch.tensor([0.3, -0.1]), 0.5).denoiser(sde), torch.randn(5, 2, dtype=torch.float64)
     noise = Noise.of(1, batch=5, dtype=torch.float64)
     whole = solvers.from_tableau(both).solve(model, x, both.times, noise=noise)
@@ -297,7 +339,9 @@ def test_json_round_trip_is_exact(table: Tableau) -> None:
     back = Tableau.from_json(table.to_json())
     assert back.name == table.name
     for key in FIELDS:
-        assert torch.equal(getattr(back, key), getattr(table, key)) and getattr(back, key).dtype == torch.float64
+        assert (
+            torch.equal(getattr(back, key), getattr(table, key)) and getattr(back, key).dtype == torch.float64
+        )
 
 
 def changed(text: str, **values) -> str:

@@ -153,7 +153,7 @@ class AdaptiveSDE:
         )
 
 
-def adaptive_sde(rtol: float = 0.05, atol: float = 0.025, *, max_calls: int = 5000) -> AdaptiveSDE:
+def adaptive_sde(rtol: float = 0.05, atol: float = 0.025, *, max_calls: int = 2000) -> AdaptiveSDE:
     """The reverse SDE (tau = 1) with steps chosen for each sample by itself, on one Brownian path a sample.
 
         x_t = (sigma_t/sigma_s) e^-h x_s + alpha_t int_0^2h e^(v - 2h) D dv + sigma_t (1 - e^-2h)^(1/2) z,

@@ -55,7 +55,7 @@ def multistep_table(
             correct[before + 1, :p] = _steps(sde, grid.t, before, range(1, 1 - p, -1), options)[1]
     mix = predict.clone()
     if corrector:
-        corrected = torch.arange(first + 1, last)
+        corrected = torch.arange(first + 1, max(first + 1, last))
         update = correct[corrected]
         update[:, 1:] -= predict[corrected - 1, :-1]
         mix[corrected] += keep[corrected, None] * update

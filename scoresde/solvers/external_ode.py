@@ -126,7 +126,7 @@ class ScipyODE:
             )
         denoise = no_noise(model.sde, last)
         stop = min(float(model.sde.default_end), first) if denoise else last
-        nodes = [t for t in grid.t[:-1].tolist() if (t - stop) * (first - stop) > 0] if callback else []
+        nodes = grid.t[:-1].tolist() if callback else []
         with torch.no_grad(), evaluating(model):
             parts = one_by_one(model, len(x)) if self.per_sample else [(slice(None), model)]
             runs = [

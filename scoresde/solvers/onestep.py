@@ -65,7 +65,7 @@ def ddpm(variance: str = "small", rule: str = "exact") -> TableSolver:
         return keep, mix, sde.transition(s, t)[1] * (sde.sigma(s) > 0)
 
     small = variance == "small"
-    properties = frozenset({"clock_free", "scale_covariant"} | ({"marginal_exact"} if small else set()))
+    properties = frozenset({"clock_free", "scale_covariant", "marginal_exact"} if small else {"clock_free"})
     return _solver(
         "ddpm",
         posterior if small else large,
