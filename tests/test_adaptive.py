@@ -3,13 +3,12 @@ models."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -25,7 +24,7 @@ from scoresde.schedules import Cosine, Sigmoid
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
 from scoresde.solvers.adaptive_control import SAFETY, SHRINK, STATUS, Control, State, alone, factor, total
 from scoresde.solvers.adaptive_ode import AdaptiveODE, Flow, adaptive_ode, integrals
-from scoresde.solvers.adaptive_sde import SHARE, AdaptiveSDE, SDEState, adaptive_sde
+from scoresde.solvers.adaptive_sde import AdaptiveSDE, SDEState, adaptive_sde
 
 F64 = torch.float64
 VP = VPSDE()
@@ -40,7 +39,9 @@ SDES: dict[str, LinearSDE] = {
     "rectified": Rectified(),
 }
 every_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
-either = pytest.mark.parametrize("solver", [adaptive_ode(), adaptive_sde()], ids=["ode", "sde"])
+# What holds at any tolerance is tested at loose ones.
+LOOSE = [adaptive_ode(1e-3, 1e-3), adaptive_sde(0.3, 0.15)]
+either = pytest.mark.parametrize("solver", LOOSE, ids=["ode", "sde"])
 OK, EXHAUSTED, STUCK, NOT_FINITE = STATUS
 
 
@@ -82,6 +83,11 @@ class Model(BaseDenoiser):
         return self.function(x, t, **cond)
 
 
+def limited(solver: AdaptiveODE | AdaptiveSDE, calls: int) -> AdaptiveODE | AdaptiveSDE:
+    """The solver with another call limit."""
+    return replace(solver, control=replace(solver.control, max_calls=calls))
+
+
 def column(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x).expand(len(x)).view(-1, *[1] * (x.ndim - 1))
 
@@ -91,14 +97,13 @@ def curved(x: Tensor, t: Tensor) -> Tensor:
     return (0.3 + x) / (1 + column(t, x) + x * x)
 
 
-# --- numbers of one step
--------------------------------------------------------------------------------------
+# --- numbers of one step ------------------------------------------------------------------------------------
 
 
 def test_total_and_error_by_their_formulas():
     x = normals(5, 7)
-    torch.testing.assert_close(total(x), x.sum(1), rtol=1e-14, atol=1e-15)
-    assert all(torch.equal(total(x[:, :n]), total(x[2:3, :n]).expand(5)) or n for n in (0,) if n)
+    for n in range(1, 8):
+        torch.testing.assert_close(total(x[:, :n]), x[:, :n].sum(1), rtol=1e-14, atol=1e-14)
     before, after = normals(3, 2, 2, seed=1), normals(3, 2, 2, seed=2)
     difference = 1e-3 * normals(3, 2, 2, seed=3)
     scale = 0.01 + 0.05 * torch.maximum(before.abs(), after.abs())
@@ -140,15 +145,15 @@ def test_alone_gives_the_bits_of_any_batch():
 
 
 @given(
-    st.lists(st.floats(0.1, 1.0), min_size=9, max_size=9, unique_by=lambda v: round(v * 50)),
-    st.integers(1, 9),
+    st.lists(st.floats(0.1, 1.0), min_size=8, max_size=8, unique_by=lambda v: round(v * 50)),
+    st.integers(1, 8),
     st.floats(-0.3, 0.3),
 )
 def test_integrals_are_exact_for_every_polynomial_of_the_nodes(nodes, used, stop):
     """int p over [start, stop] = sum w p(u) for powers below the number of nodes; unused ones have no
     weight."""
     start, u = 0.05, torch.tensor([nodes, nodes[::-1]], dtype=F64)
-    mask = (torch.arange(9) < used).expand(2, -1)
+    mask = (torch.arange(8) < used).expand(2, -1)
     limits = torch.tensor([start, start], dtype=F64), torch.tensor([stop, 2 * stop], dtype=F64)
     weights = integrals(u, mask, *limits)
     assert not bool(weights[~mask].any())
@@ -166,8 +171,7 @@ def test_the_flow_variable_and_its_inverse(sde):
     torch.testing.assert_close(Flow(sde).time(Flow(sde).log_u(t)), t, rtol=1e-9, atol=1e-12)
 
 
-# --- the ODE: accuracy
----------------------------------------------------------------------------------------
+# --- the ODE: accuracy --------------------------------------------------------------------------------------
 
 
 @every_sde
@@ -192,33 +196,37 @@ def test_ode_error_follows_the_tolerance_on_gaussian_data(sde):
 def test_encoding_undoes_decoding(sde):
     """PROPERTIES 44, and both against the exact flow; a Rectified flow goes back to where there is no
     signal."""
-    law, tol = diagonal(), 1e-6 model, x = law.denoiser(sde), sde.prior_std * normals(6, 4) grid =
-    grids.uniform(sde, 1) data = adaptive_ode(tol, tol).solve(model, x, grid) back = adaptive_ode(tol,
-    tol).solve(model, data.x, grid.reversed()) assert back.status == OK and back.end == sde.t_max # The state
-    is compared on the scale on which the tolerance holds; encoding magnifies what is small in data. scale =
-    float(sde.alpha(sde.t_max) + sde.sigma(sde.t_max)) assert float((back.x - x).abs().max()) <= 100 * tol *
-    scale exact = flow(law, sde, data.x, sde.default_end, sde.t_max) assert float((back.x -
-    exact).abs().max()) <= 100 * tol * scale
+    law, tol = diagonal(), 1e-6
+    model, x = law.denoiser(sde), sde.prior_std * normals(6, 4)
+    grid = grids.uniform(sde, 1)
+    data = adaptive_ode(tol, tol).solve(model, x, grid)
+    back = adaptive_ode(tol, tol).solve(model, data.x, grid.reversed())
+    assert back.status == OK and back.end == sde.t_max
+    # Compared on the scale on which the tolerance holds; encoding magnifies what is small in data.
+    scale = float(sde.alpha(sde.t_max) + sde.sigma(sde.t_max))
+    assert float((back.x - x).abs().max()) <= 100 * tol * scale
+    exact = flow(law, sde, data.x, sde.default_end, sde.t_max)
+    assert float((back.x - exact).abs().max()) <= 100 * tol * scale
 
 
-@pytest.mark.parametrize("order", range(1, 9))
-def test_every_order_meets_its_tolerance(order):
+@pytest.mark.parametrize("order", range(1, 7))
+def test_every_order_meets_its_tolerance(order, unchecked):
     law, x = diagonal(), normals(8, 4)
     tol = 1e-3 if order == 1 else 1e-5
     drawn = adaptive_ode(tol, tol, order=order).solve(law.denoiser(VP), x, ends(VP))
     assert drawn.status == OK
     assert float((drawn.x - flow(law, VP, x, 1.0, 1e-3)).abs().max()) <= 10 * tol
-    # measured 72 at tol 1e-3, and 204, 92, 65, 58, 57, 61, 63
-    assert drawn.network_calls <= (90, 250, 115, 82, 72, 72, 76, 80)[order - 1]
+    # measured 35 at tol 1e-3, and 77, 47, 39, 38, 41 at 1e-5
+    assert drawn.network_calls <= (42, 85, 52, 43, 42, 46)[order - 1]
 
 
-@pytest.mark.parametrize(("name", "mean", "largest"), [("ring", 32, 42), ("anisotropic", 38, 46)])
+@pytest.mark.parametrize(("name", "mean", "largest"), [("ring", 32, 42), ("anisotropic", 40, 46)])
 def test_ode_needs_half_the_calls_of_scipy_at_rms_1e_4(name, mean, largest):
     """scipy's RK45 takes about 84 and 92 calls where its error is 1e-4 (benchmarks/adaptive.py)."""
     law = problem(name)
-    model, x = law.denoiser(VP), normals(48, law.dim)
-    reference = adaptive_ode(1e-9, 1e-9, order=7).solve(model, x, ends(VP))
-    drawn = adaptive_ode(2.5e-4 if name == "ring" else 1.5e-4, 1.5e-4).solve(model, x, ends(VP))
+    model, x, tol = law.denoiser(VP), normals(48, law.dim), 2.5e-4 if name == "ring" else 1e-4
+    reference = adaptive_ode(1e-8, 1e-8, order=6).solve(model, x, ends(VP))
+    drawn = adaptive_ode(tol, tol).solve(model, x, ends(VP))
     assert reference.status == drawn.status == OK
     assert float((drawn.x - reference.x).square().mean().sqrt()) <= 1e-4
     assert float(drawn.evaluations.double().mean()) <= mean
@@ -266,33 +274,32 @@ def test_dense_output_is_nan_where_a_sample_did_not_get():
             adaptive_ode(at=times).solve(diagonal(2).denoiser(VP), x, ends(VP))
 
 
-# --- both: one sample and its batch
---------------------------------------------------------------------------
+# --- both: one sample and its batch -------------------------------------------------------------------------
 
 
 @either
 @every_sde
-@pytest.mark.parametrize("state", [torch.float64, torch.float32], ids=["f64", "f32"])
-def test_a_sample_does_not_depend_on_its_batch(solver, sde, state, unchecked):
+def test_a_sample_does_not_depend_on_its_batch(solver, sde, dtype, unchecked):
     """Bit by bit: alone, in batches of 1 to 64, permuted. Schedules that are not elementwise to the last bit
     can only do so to rounding: `Sigmoid` uses torch.sigmoid, whose last digit depends on the length of a
     tensor."""
     start = 0.999 if isinstance(sde, Rectified) and isinstance(solver, AdaptiveSDE) else sde.t_max
     model, times = Model(curved, sde), ends(sde, start)
-    noise = Noise.of(3, batch=64, dtype=state)
+    noise = Noise.of(3, batch=64, dtype=dtype)
     x = noise.prior((64, 3)) * sde.prior_std
     whole = solver.solve(model, x, times, noise=noise)
 
     def same(rows: Tensor) -> bool:
-        part = solver.solve(model, x[rows], times, noise=Noise.of(3, noise.ids[rows], dtype=state))
+        part = solver.solve(model, x[rows], times, noise=Noise.of(3, noise.ids[rows], dtype=dtype))
         assert part.status == OK
         if sde is SDES["sigmoid"]:
             return bool(torch.allclose(part.x, whole.x[rows], rtol=1e-2, atol=1e-2))
         return torch.equal(part.x, whole.x[rows]) and torch.equal(part.evaluations, whole.evaluations[rows])
 
-    assert whole.status == OK and len(set(whole.evaluations.tolist())) > 1 order = torch.randperm(64,
-    generator=torch.Generator().manual_seed(0)) assert same(order) assert all(same(order[first : first + n])
-    for first, n in ((0, 1), (9, 1), (1, 2), (5, 3), (20, 7), (40, 16)))
+    assert whole.status == OK and len(set(whole.evaluations.tolist())) > 1
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    assert same(order)
+    assert all(same(order[i : i + n]) for i, n in ((0, 1), (9, 1), (1, 2), (5, 3), (20, 7), (40, 16)))
 
 
 @either
@@ -314,7 +321,7 @@ def test_samples_leave_the_batch_and_calls_are_counted(solver):
         model = Model(diagonal(1).denoiser(VP))
         drawn = solver.solve(model, noise.prior((40, 1)), ends(VP, end=end), noise=noise)
         assert drawn.status == OK and drawn.end == end
-        assert drawn.network_calls == len(model.sizes) == int(drawn.evaluations.max()) == len(model.sizes)
+        assert drawn.network_calls == len(model.sizes) == int(drawn.evaluations.max())
         assert int(drawn.evaluations.sum()) == sum(model.sizes)
         main = model.sizes if end else model.sizes[:-1]
         assert main == sorted(main, reverse=True) and main[0] == 40 > main[-1]
@@ -328,8 +335,8 @@ def test_samples_leave_the_batch_and_calls_are_counted(solver):
 
 @either
 def test_a_noiseless_end_is_the_denoised_default_end(solver):
-    law, noise = diagonal(), Noise.of(0, batch=5, dtype=F64)
-    model, x = law.denoiser(VP), noise.prior((5, 4))
+    noise = Noise.of(0, batch=5, dtype=F64)
+    model, x = Model(diagonal().denoiser(VP)), noise.prior((5, 4))
     near = solver.solve(model, x, ends(VP), noise=noise)
     final = solver.solve(model, x, ends(VP, end=0.0), noise=noise)
     assert torch.equal(final.x, model(near.x, 1e-3))
@@ -338,35 +345,32 @@ def test_a_noiseless_end_is_the_denoised_default_end(solver):
 
 @either
 def test_the_call_limit_is_kept_and_reported_per_sample(solver):
-    model, noise = diagonal(1).denoiser(VP), Noise.of(0, batch=30, dtype=F64)
+    model, noise = Model(diagonal(1).denoiser(VP)), Noise.of(0, batch=30, dtype=F64)
     x = noise.prior((30, 1))
     free = solver.solve(model, x, ends(VP), noise=noise)
     middle = int(free.evaluations.double().median())
-    make = adaptive_ode if isinstance(solver, AdaptiveODE) else adaptive_sde
     for end in (1e-3, 0.0):
         for limit in (1, 2, 5, middle, free.network_calls + 1):
-            counted = Model(model)
-            drawn = make(max_calls=limit).solve(counted, x, ends(VP, end=end), noise=noise)
+            counted = Model(model.function)
+            drawn = limited(solver, limit).solve(counted, x, ends(VP, end=end), noise=noise)
             assert drawn.network_calls == len(counted.sizes) <= limit
             enough = (free.evaluations + (end == 0) <= limit).tolist()
             expected = tuple(OK if e else EXHAUSTED for e in enough)
             assert drawn.status == (expected if len(set(expected)) > 1 else expected[0])
             if end:
-                assert torch.equal(drawn.x[enough], free.x[enough])  # what succeeds does not depend on the
-                limit
+                assert torch.equal(drawn.x[enough], free.x[enough])
             assert bool(drawn.x.isfinite().all())
-    assert torch.equal(make(max_calls=1).solve(model, x, ends(VP), noise=noise).x, x)
+    assert torch.equal(limited(solver, 1).solve(model, x, ends(VP), noise=noise).x, x)
 
 
 @either
 def test_a_limit_stops_where_the_sample_is(solver):
     """The state of an unfinished sample is the last accepted one, which the callback has seen."""
     model, noise = diagonal(2).denoiser(VP), Noise.of(0, batch=3, dtype=F64)
-    make = adaptive_ode if isinstance(solver, AdaptiveODE) else adaptive_sde
     x = noise.prior((3, 2))
     seen = solver.solve(model, x, ends(VP), noise=noise, callback=lambda step: step).path
     for limit in (4, 9):
-        drawn = make(max_calls=limit).solve(model, x, ends(VP), noise=noise)
+        drawn = limited(solver, limit).solve(model, x, ends(VP), noise=noise)
         assert drawn.status == EXHAUSTED
         assert torch.equal(drawn.x, seen[limit - 1].x) and seen[limit - 1].k == limit - 1
 
@@ -451,8 +455,7 @@ def test_modules_are_put_in_evaluation_mode_and_back(solver):
     assert model.training and model.network.training
 
 
-# --- hostile models
-------------------------------------------------------------------------------------------
+# --- hostile models -----------------------------------------------------------------------------------------
 
 
 def nan(x: Tensor) -> Tensor:
@@ -510,19 +513,32 @@ HOSTILE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], set[str]]] = {
 }
 
 
+hostile = pytest.mark.parametrize(("function", "expected"), HOSTILE.values(), ids=HOSTILE.keys())
+
+
 @either
-@pytest.mark.parametrize(("function", "expected"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_models_end_quickly_with_a_status(solver, function, expected, unchecked):
+@hostile
+def test_hostile_models_end_with_a_status(solver, function, expected, unchecked):
     model, noise = Model(function), Noise.of(0, batch=3, dtype=F64)
-    started = time.process_time()
-    drawn = solver.solve(model, noise.prior((3, 2)), ends(VP), noise=noise)
-    assert time.process_time() - started < 5
+    drawn = limited(solver, 200).solve(model, noise.prior((3, 2)), ends(VP), noise=noise)
+    assert drawn.network_calls <= 200
     found = {drawn.status} if isinstance(drawn.status, str) else set(drawn.status)
     assert found <= expected
     assert bool(drawn.x.isfinite().all())  # the last state that was accepted
+    # Seen at once; "one ..." strikes the first of those that are left.
     if expected == {NOT_FINITE} and "later" not in function.__code__.co_names:
-        assert drawn.network_calls <= 1 + len(drawn.x)  # seen at once; "one ..." strikes the first of those
-        left
+        assert drawn.network_calls <= 1 + len(drawn.x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [adaptive_ode(), adaptive_sde()], ids=["ode", "sde"])
+@hostile
+def test_hostile_models_end_quickly_under_the_default_limits(solver, function, expected, unchecked):
+    noise = Noise.of(0, batch=3, dtype=F64)
+    started = time.process_time()
+    drawn = solver.solve(Model(function), noise.prior((3, 2)), ends(VP), noise=noise)
+    assert time.process_time() - started < 5
+    assert {drawn.status} <= expected or set(drawn.status) <= expected
 
 
 @either
@@ -583,31 +599,38 @@ def test_wrong_shapes_and_exceptions_are_loud(solver):
 @either
 @pytest.mark.parametrize("state", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_tolerances_below_rounding_end(solver, state):
-    """They count as a few units of the last place: the ODE then arrives, the SDE as far as its calls go."""
+    """They count as a few units of the last place: the ODE then arrives, the SDE goes as far as its calls."""
     make = adaptive_ode if isinstance(solver, AdaptiveODE) else adaptive_sde
     law, noise = diagonal(2), Noise.of(0, batch=2, dtype=state)
     x = noise.prior((2, 2))
-    drawn = make(1e-16, 0.0, max_calls=3000).solve(law.denoiser(VP), x, ends(VP), noise=noise)
+    drawn = make(1e-18, 0.0, max_calls=300).solve(law.denoiser(VP), x, ends(VP, 0.4, 0.35), noise=noise)
     if make is adaptive_sde:
-        assert drawn.status == EXHAUSTED and drawn.network_calls == 3000
+        assert drawn.status == EXHAUSTED and drawn.network_calls == 300
     else:
         assert drawn.status == OK
-        error = float((drawn.x - flow(law, VP, x.double(), 1.0, 1e-3)).abs().max())
-        assert error < (1e-12 if state == F64 else 2e-5)
+        error = float((drawn.x - flow(law, VP, x.double(), 0.4, 0.35)).abs().max())
+        assert error < (1e-13 if state == F64 else 1e-5)
 
 
 @pytest.mark.parametrize("make", [adaptive_ode, adaptive_sde])
-def test_arguments_are_checked(make):
-    for rtol, atol in ((0, 0), (-1e-3, 1e-3), (1e-3, -1e-3), (math.nan, 1e-3), (1e-3, math.nan), (1.0, 0),
-    (0, math.inf)):
+def test_arguments_are_checked(make, unchecked):
+    for rtol, atol in (
+        (0, 0),
+        (-1e-3, 1e-3),
+        (1e-3, -1e-3),
+        (math.nan, 1e-3),
+        (1e-3, math.nan),
+        (1.0, 0),
+        (0, math.inf),
+    ):
         with pytest.raises(ValueError, match="expected tolerances"):
             make(rtol, atol)
     for limit in (0, -1, 1.5, True, math.inf):
         with pytest.raises(ValueError, match="max_calls >= 1"):
             make(max_calls=limit)
-    make(0, 1e-3), make(1e-3, 0)
-    for order in (0, 9, 2.5, True):
-        with pytest.raises(ValueError, match=r"order in 1\.\.8"):
+    assert make(0.0, 1e-3) and make(1e-3, 0.0)
+    for order in (0, 7, 2.5, True):
+        with pytest.raises(ValueError, match=r"order in 1\.\.6"):
             adaptive_ode(order=order)
 
 
@@ -621,20 +644,20 @@ def test_times_and_noise_are_checked():
     with pytest.raises(ValueError, match="start where there is some signal"):
         adaptive_sde().solve(diagonal(2).denoiser(Rectified()), x, ends(Rectified()), noise=noise)
     for wrong in (None, lambda row, shape: torch.zeros(shape)):
-        with pytest.raises(TypeError, match="scoresde.noise.Noise"):
+        with pytest.raises(TypeError, match=r"scoresde\.noise\.Noise"):
             adaptive_sde().solve(model, x, ends(VP), noise=wrong)
     short = adaptive_ode().solve(model, x, torch.tensor([1e-4, 0.0], dtype=F64))  # from below the default end
     assert short.status == OK and torch.equal(short.x, model(x, 1e-4))
 
 
-# --- the SDE: its law and its path
----------------------------------------------------------------------------
+# --- the SDE: its law and its path --------------------------------------------------------------------------
 
 
-def variance_error(dim: int, rtol: float, coordinates: int, sde: LinearSDE = VP, start: float | None = None)
--> float:
-    """Relative error of the variance over all coordinates, beyond which the claim is broken if it exceeds 1,
-    in units of rtol/5 + 6.2 standard errors (false alarm below 1e-9 if the bias is within rtol/5)."""
+def variance_error(
+    dim: int, rtol: float, coordinates: int, sde: LinearSDE = VP, start: float | None = None
+) -> float:
+    """Relative error of the variance over all coordinates, in units of rtol/5 + 6.2 standard errors (beyond 1
+    with probability below 1e-9 if the bias is within rtol/5); the mean is asserted to be as close."""
     law, n = Gaussian(torch.full((dim,), 0.7, dtype=F64), 0.25), coordinates // dim
     noise = Noise.of(0, batch=n, dtype=torch.float32)
     first = law.marginal(sde, sde.t_max if start is None else start)
@@ -664,8 +687,9 @@ def test_sde_variance(dim, rtol, alpha_ledger, unchecked):
 
 
 @pytest.mark.parametrize(("dim", "coordinates", "power"), [(1, 20_000, 5), (8, 40_000, 2)])
-def test_drawing_anew_after_a_rejected_step_fails_the_same_test(dim, coordinates, power, monkeypatch,
-alpha_ledger):
+def test_drawing_anew_after_a_rejected_step_fails_the_same_test(
+    dim, coordinates, power, monkeypatch, alpha_ledger
+):
     """Measured: 65 % of the variance are lost in one dimension, 13 % in eight."""
     alpha_ledger.spend(1e-9, f"adaptive SDE, variance at dimension {dim}, fewer samples")
     assert variance_error(dim, 0.05, coordinates) < 1
@@ -709,17 +733,15 @@ def test_sde_steps_are_exact_for_data_linear_in_lam(sde, unchecked):
     torch.testing.assert_close(run(1.3, -0.7, x) - zero, exact.expand_as(x), rtol=1e-9, atol=1e-9)
 
 
-def test_sde_errors_fall_with_the_tolerance_along_one_path():
-    """Strong convergence is out of reach of two runs (other steps, other path); the cost tells that rtol
-    acts."""
+def test_sde_steps_follow_the_tolerance(unchecked):
+    """Another tolerance is another path, so that two runs cannot be compared; their cost can."""
     noise, law = Noise.of(0, batch=20, dtype=F64), diagonal()
-    calls = [
-        adaptive_sde(tol, tol).solve(law.denoiser(VP), noise.prior((20, 4)), ends(VP),
-        noise=noise).network_calls for tol in (0.1, 0.01, 0.001)
-    ]
-    # a step goes like tol^(2/3): 4.6 times as many for a tenth
-    assert 3 < calls[1] / calls[0] < 6 and 3 < calls[2] / calls[1] < 6
-    assert SHARE == 0.1
+    x, calls = noise.prior((20, 4)), []
+    for tol in (0.5, 0.1, 0.02):
+        drawn = adaptive_sde(tol, tol).solve(law.denoiser(VP), x, ends(VP), noise=noise)
+        calls.append(float(drawn.evaluations.double().mean()))
+    # a step goes like tol^(2/3): 2.9 times as many for a fifth
+    assert 2 < calls[1] / calls[0] < 4 and 2 < calls[2] / calls[1] < 4
 
 
 def walk(n: int, dim: int, attempts: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -732,11 +754,15 @@ def walk(n: int, dim: int, attempts: int, seed: int) -> tuple[Tensor, Tensor]:
     for _ in range(attempts):
         s = torch.minimum(state.s + 0.3 * torch.rand(n, generator=g, dtype=F64), state.ahead[:, 0])
         increment, std = state.bridge(s, torch.randn(n, dim, generator=g, dtype=F64))
-        torch.testing.assert_close(std**2, (2 * s).exp() - (2 * state.s).exp(), rtol=1e-9, atol=0) accepted =
-        (torch.rand(n, generator=g) < 0.5) | (increment.abs().mean(1) < 0.1)  # may look at the path ahead,
-        increments = state.remember(s, increment, accepted) at = torch.where(accepted, s, state.s) value =
-        torch.where(accepted[:, None], state.x + increment, state.x) state = SDEState(state.t, at, value,
-        state.h, state.finite, state.output, ahead, increments) places.append(at) values.append(value)
+        torch.testing.assert_close(std**2, (2 * s).exp() - (2 * state.s).exp(), rtol=1e-9, atol=0)
+        # What is accepted may depend on the path.
+        accepted = (torch.rand(n, generator=g) < 0.5) | (increment.abs().mean(1) < 0.1)
+        ahead, increments = state.remember(s, increment, accepted)
+        at = torch.where(accepted, s, state.s)
+        value = torch.where(accepted[:, None], state.x + increment, state.x)
+        state = SDEState(state.t, at, value, state.h, state.finite, state.output, ahead, increments)
+        places.append(at)
+        values.append(value)
     return torch.stack(places, 1), torch.stack(values, 1)
 
 
@@ -791,12 +817,7 @@ def test_noise_is_drawn_by_sample_and_attempt():
     """One row an attempt, from the noise's own offset; a shifted noise gives other samples."""
     model, noise = diagonal(2).denoiser(VP), Noise.of(0, batch=3, dtype=F64)
     x = noise.prior((3, 2))
-    one, two = (adaptive_sde().solve(model, x, ends(VP), noise=n).x for n in (noise, noise.shift(0)))
+    one, two = (LOOSE[1].solve(model, x, ends(VP), noise=n).x for n in (noise, noise.shift(0)))
     assert torch.equal(one, two)
-    other = adaptive_sde().solve(model, x, ends(VP), noise=noise.shift(5)).x
+    other = LOOSE[1].solve(model, x, ends(VP), noise=noise.shift(5)).x
     assert float((one - other).abs().min()) > 0
-
-
-def test_modules_can_be_imported_beside_functions_of_their_names():
-    assert importlib.import_module("scoresde.solvers.adaptive_sde").adaptive_sde is adaptive_sde
-    assert np.isfinite(SHRINK)

@@ -34,6 +34,8 @@ GRIDS = {
     "log_snr": grids.log_snr,
     "karras": grids.karras,
     "karras3": partial(grids.karras, rho=3.0),
+    "power": grids.power,
+    "power1.5": partial(grids.power, exponent=1.5),
 }
 DDPM = SDES["table"]
 
@@ -90,6 +92,13 @@ def test_spacings_by_formula(name: str) -> None:
     )
     root = math.sqrt(start) + i * (math.sqrt(end) - math.sqrt(start))
     np.testing.assert_allclose(grids.quadratic(sde, n).t.numpy(), root**2, rtol=1e-12, atol=1e-16)
+    for exponent in (2.5, 4.0):
+        ends = start ** (1 / exponent), end ** (1 / exponent)
+        nodes = grids.power(sde, n, exponent=exponent).t.numpy()
+        np.testing.assert_allclose(
+            nodes, (ends[0] + i * (ends[1] - ends[0])) ** exponent, rtol=1e-11, atol=1e-16
+        )
+    assert torch.equal(grids.power(sde, n).t, grids.power(sde, n, exponent=2.5).t)
     first, last = (float(sde.log_snr(t)) / 2 for t in (start, end))
     np.testing.assert_allclose(grids.log_snr(sde, n).lam.numpy(), first + i * (last - first), atol=1e-11)
     for rho in (7.0, 2.5):
@@ -207,6 +216,8 @@ def test_ddpm_refuses_what_is_no_chain() -> None:
     for rho in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="rho > 0"):
             grids.karras(EDM(), 5, rho=rho)
+        with pytest.raises(ValueError, match="exponent > 0"):
+            grids.power(EDM(), 5, exponent=rho)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +278,8 @@ def test_reversed() -> None:
 
 def test_repr_shows_the_nodes() -> None:
     sde = EDM()
+    assert "t=[1.0, 0.8, 0.6, 0.4, 0.2, 0.0], lam=" in repr(grids.uniform(VPSDE(), 5, 0.0))
+    assert "t=[1.0, 0.833333, 0.666667, 0.166667, 0.0], lam=" in repr(grids.uniform(VPSDE(), 6, 0.0))
     assert (
         repr(grids.uniform(VPSDE(), 2, 0.0))
         == "Grid(2 steps, t=[1.0, 0.5, 0.0], lam=[-5.024978, -1.227568, inf])"

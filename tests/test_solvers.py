@@ -234,7 +234,7 @@ def test_edm_samplers(end: float | None) -> None:
 
 @pytest.mark.parametrize("name", SDES)
 def test_first_order_solvers_are_one(name: str) -> None:
-    """DDIM = DPM-Solver(++)-1 = Euler in sigma/alpha = exponential(1) of data, noise, flow; DDIM(1) = DDPM."""
+    """DDIM = DPM-Solver(++)-1 = Euler in sigma/alpha = exponential(1) of data, noise, flow."""
     sde = SDES[name]
     grid = regular(sde, 9)
     kappa, alpha = (-grid.lam).exp(), sde.alpha(grid.t)
@@ -869,10 +869,12 @@ def test_solvers_are_values() -> None:
 
 
 def test_stochastic_solvers_do_not_encode() -> None:
-    grid = grids.uniform(VP, 5).reversed()
-    for solver in (solvers.ddpm(), solvers.ddim(0.5), solvers.euler_maruyama(), solvers.sa()):
-        with pytest.raises(ValueError, match="stochastic and cannot run from data to noise"):
-            solver.tableau(VP, grid)
+    for steps in (1, 5):
+        grid = grids.uniform(VP, steps).reversed()
+        for solver in (solvers.ddpm(), solvers.ddim(0.5), solvers.euler_maruyama(), solvers.sa()):
+            with pytest.raises(ValueError, match="stochastic and cannot run from data to noise"):
+                solver.tableau(VP, grid)
+        solvers.ddim().tableau(VP, grid)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from scoresde.denoiser import Rows
 from scoresde.laws import Gaussian
 from scoresde.noise import Noise
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
-from scoresde.tableau import FIELDS, Tableau, join, run
+from scoresde.tableau import FIELDS, Tableau, coefficients, join, run
 
 SDES: dict[str, LinearSDE] = {
     "vp": VPSDE(),
@@ -112,6 +112,14 @@ def test_run_is_the_canonical_form(table: Tableau, seed: int) -> None:
         np.testing.assert_allclose(state, expected, atol=scale, rtol=0)
     assert before == list(range(K)) and len(after) == K and after[-1] is result
     assert asked == [(k, (3, 2)) for k in range(K) if table.noise[k] != 0]
+
+
+@given(tables)
+def test_only_outputs_that_are_read_are_kept(table: Tableau) -> None:
+    K, H = table.mix.shape
+    read = [any(table.mix[k + j, j] != 0 for j in range(1, min(H, K - k))) for k in range(K)]
+    zeros = Rows(lambda x, k: x, [0.0] * K, [1.0] * K)
+    assert coefficients(table, zeros).read == read
 
 
 @pytest.mark.parametrize("name", SDES)
