@@ -155,7 +155,7 @@ def uniform(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
 
 
 def power(sde: LinearSDE, steps: int, end: float | None = None, *, exponent: float = 2.5) -> Grid:
-    """Equidistant in `t^(1/exponent)`: 1 is `uniform`, 2 is `quadratic`; more puts more nodes near the end."""
+    """Equidistant in `t^(1/exponent)`: 1 is `uniform`, 2 `quadratic`; more puts more nodes near the end."""
     if not 0 < exponent < math.inf:
         raise ValueError(f"expected exponent > 0, found {exponent}")
     return _in_time(sde, steps, end, lambda t: t ** (1 / exponent), lambda u: u**exponent)

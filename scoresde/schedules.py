@@ -19,8 +19,7 @@ Time = float | Tensor
 
 
 def wide(t: Time) -> Tensor:
-    """`t` as a float64 tensor on its own device (numbers: on the CPU). Raises TypeError for integer tensors.
-    """
+    """`t` as a float64 tensor on its own device (numbers: the CPU). Raises TypeError for integer tensors."""
     if not isinstance(t, Tensor):
         return torch.tensor(float(t), dtype=torch.float64)
     if not t.is_floating_point():
@@ -59,8 +58,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Linear:
-    """`beta(t) = beta_min + t (beta_max - beta_min)` on [0, 1] (Song et al. 2021, arXiv:2011.13456, eq. 33).
-    """
+    """`beta_min + t (beta_max - beta_min)` on [0, 1] (Song et al. 2021, arXiv:2011.13456, eq. 33)."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0

@@ -1,4 +1,4 @@
-"""The runtime type checker of the tests: beartype, with an int where a float is expected (PEP 484's numeric tower)."""
+"""The runtime type checker of the tests: beartype, where an int may stand for a float (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 
