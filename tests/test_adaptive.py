@@ -175,13 +175,13 @@ def test_the_flow_variable_and_its_inverse(sde):
 
 
 @every_sde
-def test_ode_error_follows_the_tolerance_on_gaussian_data(sde):
+def test_ode_error_follows_the_tolerance_on_gaussian_data(sde, unchecked):
     """At most 10 tol, and smaller for smaller tol (PROPERTIES 43); from the first time to the last and
     back."""
     law = diagonal()
     model, x = law.denoiser(sde), sde.prior_std * normals(8, 4)
     errors, calls = [], []
-    for tol in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
+    for tol in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8) if sde is VP else (1e-3, 1e-5, 1e-7):
         drawn = adaptive_ode(tol, tol).solve(model, x, ends(sde))
         exact = flow(law, sde, x, sde.t_max, sde.default_end)
         assert drawn.status == OK and drawn.end == sde.default_end
@@ -193,7 +193,7 @@ def test_ode_error_follows_the_tolerance_on_gaussian_data(sde):
 
 
 @every_sde
-def test_encoding_undoes_decoding(sde):
+def test_encoding_undoes_decoding(sde, unchecked):
     """PROPERTIES 44, and both against the exact flow; a Rectified flow goes back to where there is no
     signal."""
     law, tol = diagonal(), 1e-6
@@ -221,7 +221,7 @@ def test_every_order_meets_its_tolerance(order, unchecked):
 
 
 @pytest.mark.parametrize(("name", "mean", "largest"), [("ring", 32, 42), ("anisotropic", 40, 46)])
-def test_ode_needs_half_the_calls_of_scipy_at_rms_1e_4(name, mean, largest):
+def test_ode_needs_half_the_calls_of_scipy_at_rms_1e_4(name, mean, largest, unchecked):
     """scipy's RK45 takes about 84 and 92 calls where its error is 1e-4 (benchmarks/adaptive.py)."""
     law = problem(name)
     model, x, tol = law.denoiser(VP), normals(48, law.dim), 2.5e-4 if name == "ring" else 1e-4
@@ -234,7 +234,7 @@ def test_ode_needs_half_the_calls_of_scipy_at_rms_1e_4(name, mean, largest):
 
 
 @every_sde
-def test_dense_output_is_the_exact_flow_at_any_time(sde):
+def test_dense_output_is_the_exact_flow_at_any_time(sde, unchecked):
     law, tol = diagonal(), 1e-6
     inner = grids.uniform(sde, 7).t.tolist()
     solver = adaptive_ode(tol, tol, at=inner)
@@ -250,7 +250,7 @@ def test_dense_output_is_the_exact_flow_at_any_time(sde):
     assert torch.equal(plain.x, drawn.x) and plain.network_calls == drawn.network_calls
 
 
-def test_dense_output_while_encoding_and_to_the_noiseless_end():
+def test_dense_output_while_encoding_and_to_the_noiseless_end(unchecked):
     law, tol, x = diagonal(), 1e-6, normals(5, 4)
     model = law.denoiser(VP)
     at = (0.0, 1e-3, 0.4, 1.0)
@@ -315,7 +315,7 @@ def test_a_wide_sample_does_not_depend_on_its_batch(solver, unchecked):
 
 
 @either
-def test_samples_leave_the_batch_and_calls_are_counted(solver):
+def test_samples_leave_the_batch_and_calls_are_counted(solver, unchecked):
     noise = Noise.of(1, batch=40, dtype=F64)
     for end in (1e-3, 0.0):
         model = Model(diagonal(1).denoiser(VP))
@@ -344,7 +344,7 @@ def test_a_noiseless_end_is_the_denoised_default_end(solver):
 
 
 @either
-def test_the_call_limit_is_kept_and_reported_per_sample(solver):
+def test_the_call_limit_is_kept_and_reported_per_sample(solver, unchecked):
     model, noise = Model(diagonal(1).denoiser(VP)), Noise.of(0, batch=30, dtype=F64)
     x = noise.prior((30, 1))
     free = solver.solve(model, x, ends(VP), noise=noise)
@@ -369,7 +369,7 @@ def test_a_limit_stops_where_the_sample_is(solver):
     model, noise = diagonal(2).denoiser(VP), Noise.of(0, batch=3, dtype=F64)
     x = noise.prior((3, 2))
     seen = solver.solve(model, x, ends(VP), noise=noise, callback=lambda step: step).path
-    for limit in (4, 9):
+    for limit in (4, 7):
         drawn = limited(solver, limit).solve(model, x, ends(VP), noise=noise)
         assert drawn.status == EXHAUSTED
         assert torch.equal(drawn.x, seen[limit - 1].x) and seen[limit - 1].k == limit - 1
@@ -377,19 +377,22 @@ def test_a_limit_stops_where_the_sample_is(solver):
 
 @either
 @every_sde
-def test_the_callback_sees_state_time_and_denoised(solver, sde):
+def test_the_callback_sees_state_time_and_denoised(solver, sde, unchecked):
+    """On data that depend on t only, for which it does not matter that outputs are those of predictors."""
+
+    def wave(x: Tensor, t: Tensor) -> Tensor:
+        return (3 * column(sde.sigma(t), x)).sin() + 0 * x
+
     start = 0.999 if isinstance(sde, Rectified) and isinstance(solver, AdaptiveSDE) else sde.t_max
-    model, noise = diagonal(2).denoiser(sde), Noise.of(0, batch=1, dtype=F64)
+    model, noise = Model(wave, sde), Noise.of(0, batch=1, dtype=F64)
     x = noise.prior((1, 2)) * sde.prior_std
     steps = solver.solve(model, x, ends(sde, start), noise=noise, callback=lambda step: step).path
     assert torch.equal(steps[0].x, x) and steps[0].t == start
-    assert [step.k for step in steps] == list(range(len(steps)))
+    assert [step.k for step in steps] == list(range(len(steps))) and len(steps) > 6
     times = [step.t for step in steps]
     assert times == sorted(times, reverse=True) and times[-1] > sde.default_end
-    for step in steps[:: len(steps) // 4]:
-        # The output is of the predictor; it is D at the state to about the tolerance.
-        scale = float(sde.alpha(step.t) + sde.sigma(step.t))
-        assert float((step.denoised - model(step.x, step.t)).abs().max()) < 0.02 * scale
+    for step in steps:
+        torch.testing.assert_close(step.denoised, model(x, torch.tensor([step.t])), rtol=1e-9, atol=1e-9)
     assert solver.solve(model, x, ends(sde, start), noise=noise, callback=lambda step: None).path == ()
 
 
@@ -598,7 +601,7 @@ def test_wrong_shapes_and_exceptions_are_loud(solver):
 
 @either
 @pytest.mark.parametrize("state", [torch.float64, torch.float32], ids=["f64", "f32"])
-def test_tolerances_below_rounding_end(solver, state):
+def test_tolerances_below_rounding_end(solver, state, unchecked):
     """They count as a few units of the last place: the ODE then arrives, the SDE goes as far as its calls."""
     make = adaptive_ode if isinstance(solver, AdaptiveODE) else adaptive_sde
     law, noise = diagonal(2), Noise.of(0, batch=2, dtype=state)
@@ -688,7 +691,7 @@ def test_sde_variance(dim, rtol, alpha_ledger, unchecked):
 
 @pytest.mark.parametrize(("dim", "coordinates", "power"), [(1, 20_000, 5), (8, 40_000, 2)])
 def test_drawing_anew_after_a_rejected_step_fails_the_same_test(
-    dim, coordinates, power, monkeypatch, alpha_ledger
+    dim, coordinates, power, monkeypatch, alpha_ledger, unchecked
 ):
     """Measured: 65 % of the variance are lost in one dimension, 13 % in eight."""
     alpha_ledger.spend(1e-9, f"adaptive SDE, variance at dimension {dim}, fewer samples")
