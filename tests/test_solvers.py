@@ -27,7 +27,7 @@ from scoresde.schedules import Cosine
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
 from scoresde.solvers.base import Solver, TableSolver
 from scoresde.solvers.weights import step_weights
-from scoresde.tableau import Tableau
+from scoresde.tableau import Tableau, join
 
 # Run-time type checks cost more than the solvers here; test_sampling.py runs every solver with them.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -227,6 +227,89 @@ def test_edm_samplers(end: float | None) -> None:
         return loop(lambda state, k: denoise(state, nodes[k]), x, alphas[nodes], sigmas[nodes])
 
     against_loop(solvers.heun(), sde, grid, heun)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("end", [None, 0.0])
+@pytest.mark.parametrize("churn", [0.0, 1.5, 40.0])
+def test_churn_is_algorithm_2_of_edm(churn: float, end: float | None) -> None:
+    sde, n = EDM(), 8
+    grid, solver = grids.karras(sde, n, end), solvers.edm(churn, 0.05, 50.0, 1.003)
+    noise = Noise.of(1, batch=3, dtype=torch.float64)
+    x = noise.prior((3, 2)) * 80
+    gamma, sigmas, noises = min(churn / n, math.sqrt(2) - 1), [], []
+    for i, t in enumerate(grid.t[:-1].tolist()):
+        sigmas += [t, t * (1 + gamma) if i > 0 and 0.05 <= t <= 50 else t]
+        # the row that ends the step before carries the noise
+        noises += [noise(2 * i - 1, (3, 2)).numpy() if i > 0 else np.zeros((3, 2)), np.zeros((3, 2))]
+    sigmas.append(float(grid.t[-1]))
+    model = Wavy(sde)
+
+    def denoise(state: np.ndarray, k: int) -> np.ndarray:
+        return model(torch.from_numpy(state), torch.tensor(sigmas[k], dtype=torch.float64)).numpy()
+
+    expected = reference.edm(
+        denoise, x.numpy(), np.ones(len(sigmas)), np.array(sigmas), noises, s_noise=1.003
+    )
+    found = solver.solve(model, x, grid, noise=noise)
+    np.testing.assert_allclose(found.x.numpy(), expected, rtol=1e-11, atol=1e-10)
+    assert solver.card.stochastic == (churn > 0)
+    for wrong in ((-1.0,), (1.0, -0.1), (1.0, 2.0, 1.0), (1.0, 0.0, 1.0, 0.0)):
+        with pytest.raises(ValueError, match="churn >= 0, 0 <= low <= high, spread > 0"):
+            solvers.edm(*wrong)
+
+
+@pytest.mark.parametrize(("times", "inner"), [(1, 1), (1, 3), (2, 4)])
+def test_restart_goes_back_and_comes_down_again(times: int, inner: int) -> None:
+    """Noise levels of the calls, by hand: the node nearest `low`, then Karras' levels from `high` down to it."""
+    sde, n, high = EDM(), 9, 0.6
+    grid = grids.karras(sde, n)
+    node = int((grid.lam[1:] + math.log(0.1)).abs().argmin()) + 1
+    bottom = float(grid.t[node])
+    levels = (high ** (1 / 7) + np.arange(inner + 1) / inner * (bottom ** (1 / 7) - high ** (1 / 7))) ** 7
+    t = grid.t.tolist()
+    starts = [*t[:node], *(list(levels[:-1]) * times), *t[node:-1]]
+    solver = solvers.restart(((0.1, high, times, inner),))
+    table = solver.tableau(sde, grid)
+    np.testing.assert_allclose(table.times[:-1:2].numpy(), starts, rtol=1e-12)
+    assert len(table) == solver.calls(n) == 2 * (n + times * inner) and float(table.times[-1]) == t[-1]
+    # the rows that end at the bottom add forward noise up to `high`, `times` over; no others do
+    noisy = [2 * (node + inner * i) - 1 for i in range(times)]
+    assert table.noise.nonzero()[:, 0].tolist() == noisy
+    np.testing.assert_allclose(table.noise[noisy].numpy(), math.sqrt(high**2 - bottom**2), rtol=1e-10)
+
+
+WRONG = [(0.3, 0.1, 1, 1), (0.0, 0.1, 1, 1), (0.1, 0.3, 0, 1), (0.1, 0.3, 1, 0), (0.2, 0.2, 1, 1)]
+
+
+@pytest.mark.parametrize("interval", WRONG)
+def test_restart_refuses(interval: tuple) -> None:
+    with pytest.raises(ValueError, match="0 < low < high, times >= 1, steps >= 1"):
+        solvers.restart((interval,))
+
+
+@pytest.mark.parametrize(
+    ("calls", "orders"),
+    [
+        (1, [1]),
+        (2, [2]),
+        (3, [2, 1]),
+        (4, [3, 1]),
+        (5, [3, 2]),
+        (6, [3, 2, 1]),
+        (8, [3, 3, 2]),
+        (9, [3, 3, 2, 1]),
+    ],
+)
+def test_dpm_fast_spends_every_call(calls: int, orders: list[int]) -> None:
+    grid, at, parts = regular(VP, calls), 0, []
+    for order in orders:
+        parts.append(solvers.dpm(order, singlestep=True).tableau(VP, grid.t[[at, at + order]]))
+        at += order
+    table = solvers.dpm_fast().tableau(VP, grid)
+    assert len(table) == calls and spread(table, join(parts)) < 1e-13
+    with pytest.raises(ValueError, match="'noise' or 'data', found 'flow'"):
+        solvers.dpm_fast("flow")
 
 
 # Solvers that are the same
