@@ -19,7 +19,7 @@ PATH = Path(__file__).with_name("digits.safetensors")
 LARGEST = 2_000_000  # bytes
 
 
-def main(steps: int = 3000, seed: int = 0, device: str = "cpu", out: Path = PATH) -> None:
+def main(steps: int = 2000, seed: int = 0, device: str = "cpu", out: Path = PATH) -> None:
     """Train, write what there is every 250 steps, and in the end measure what was written."""
     data = digits.load()
     model = digits.denoiser(seed).to(device)
