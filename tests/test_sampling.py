@@ -292,7 +292,7 @@ def test_float32_keeps_up_over_1000_steps(name: str, unchecked) -> None:
     """Same normals, same coefficients: the difference to float64 is a random walk of roundings.
 
     A row rounds about three times, each by up to 2^-24 of the state, so K rows leave a spread of about 2^-24
-    K^(1/2); the largest of 64 coordinates stays within three of them (5.7e-6 for a thousand rows).
+    K^(1/2); the largest of 64 coordinates stays within four of them (7.5e-6 for a thousand rows).
     """
     solver = TABLES[name]
     grid, model = grids.quadratic(VP, 1000), Normal()
@@ -306,7 +306,7 @@ def test_float32_keeps_up_over_1000_steps(name: str, unchecked) -> None:
         )
         results.append(once.x.double())
     gap = float((results[0] - results[1]).abs().max() / results[0].abs().max())
-    assert gap < 3 * 2**-24 * math.sqrt(len(table))
+    assert gap < 4 * 2**-24 * math.sqrt(len(table))
 
 
 # Grids, ends, shapes, conditions

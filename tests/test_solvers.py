@@ -261,7 +261,7 @@ def test_churn_is_algorithm_2_of_edm(churn: float, end: float | None) -> None:
 
 @pytest.mark.parametrize(("times", "inner"), [(1, 1), (1, 3), (2, 4)])
 def test_restart_goes_back_and_comes_down_again(times: int, inner: int) -> None:
-    """Noise levels of the calls, by hand: the node nearest `low`, then Karras' levels from `high` down to it."""
+    """Noise levels of the calls, by hand: the node nearest `low`, Karras' levels from `high` down to it."""
     sde, n, high = EDM(), 9, 0.6
     grid = grids.karras(sde, n)
     node = int((grid.lam[1:] + math.log(0.1)).abs().argmin()) + 1

@@ -36,11 +36,12 @@ Tau = float | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantity to remember: `m = p x + q x_0`, by `ratio = alpha p/q` and `weight = alpha/(sigma q)` as
-    functions of lam (and of the SDE, for scale)."""
+    """A quantity to remember: `m = p x + q x_0`, by `ratio = alpha p/q`, an `integral` of it over lam, and
+    `weight = alpha/(sigma q)` as functions of lam (and of the SDE, for scale)."""
 
     prediction: Prediction
     ratio: Callable[[Tensor], Tensor]
+    integral: Callable[[Tensor], Tensor]
     weight: Callable[[LinearSDE, Tensor], Tensor]
 
     def rows(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +57,22 @@ def _velocity_weight(sde: LinearSDE, lam: Tensor) -> Tensor:
 
 
 STORED = {
-    "data": Stored(DATA, torch.zeros_like, lambda sde, lam: lam.exp()),
-    "noise": Stored(NOISE, lambda lam: -torch.ones_like(lam), lambda sde, lam: -torch.ones_like(lam)),
-    "velocity": Stored(VELOCITY, lambda lam: -(2 * lam).sigmoid(), _velocity_weight),
-    "flow": Stored(FLOW, lambda lam: -lam.sigmoid(), lambda sde, lam: -lam.sigmoid()),
+    "data": Stored(DATA, torch.zeros_like, torch.zeros_like, lambda sde, lam: lam.exp()),
+    "noise": Stored(
+        NOISE, lambda lam: -torch.ones_like(lam), torch.neg, lambda sde, lam: -torch.ones_like(lam)
+    ),
+    "velocity": Stored(
+        VELOCITY,
+        lambda lam: -(2 * lam).sigmoid(),
+        lambda lam: -torch.logaddexp(2 * lam, torch.zeros_like(lam)) / 2,
+        _velocity_weight,
+    ),
+    "flow": Stored(
+        FLOW,
+        lambda lam: -lam.sigmoid(),
+        lambda lam: -torch.logaddexp(lam, torch.zeros_like(lam)),
+        lambda sde, lam: -lam.sigmoid(),
+    ),
 }
 
 VARIABLES: dict[str, Callable[[LinearSDE, Tensor, Tensor], Tensor]] = {
@@ -165,10 +178,12 @@ def step_weights(
     h = (lam_t - lam_s)[:, None]
     lam = lam_s[:, None] + h * x
     tau2 = _noise_level(tau, lam) ** 2
-    rate = tau2 + (1 + tau2) * kind.ratio(lam)
-    decay = (-h * (rate @ tail.T)).exp()  # Phi(lam, t)
+    # -log Phi = int r + int tau^2 (1 + r), the first part in closed form
+    r_s, r_lam, r_t = kind.integral(lam_s), kind.integral(lam), kind.integral(lam_t)
+    rate = tau2 * (1 + kind.ratio(lam))
+    decay = (-(r_t[:, None] - r_lam) - h * (rate @ tail.T)).exp()  # Phi(lam, t)
     scale = sde.sigma(t) / sde.sigma(s)
-    A = scale * (-h[:, 0] * (rate @ w)).exp()
+    A = scale * (-(r_t - r_s) - h[:, 0] * (rate @ w)).exp()
     kernel = decay * (1 + tau2) * _scaled_weight(kind, sde, t, lam, lam_t[:, None])
     u = VARIABLES[variable]
     basis = lagrange(u(sde, lam, lam_s[:, None]), u(sde, lam_nodes, lam_s[:, None]))
