@@ -98,13 +98,16 @@ def solvers() -> dict[str, Solve]:
 
 
 def calls_at(runs: list[Run], error: float = TARGET) -> tuple[float, float]:
-    """(mean, largest) calls where the error is `error`, between the runs on both sides; NaN beyond them."""
-    ordered = sorted(runs, key=lambda run: run.error)
-    logs = [math.log(run.error) for run in ordered]
-    if not logs[0] <= math.log(error) <= logs[-1]:
+    """(mean, largest) calls where the error is `error`, interpolated between the best runs around it (those
+    that no run with a smaller error undercuts); NaN beyond them."""
+    best: list[Run] = []
+    for run in sorted(runs, key=lambda run: run.error):
+        if not best or run.mean < best[-1].mean:
+            best.append(run)
+    logs, wanted = [math.log(run.error) for run in best], math.log(error)
+    if not logs[0] <= wanted <= logs[-1]:
         return math.nan, math.nan
-    mean, largest = ([float(run[i]) for run in ordered] for i in (2, 3))
-    wanted = math.log(error)
+    mean, largest = ([float(run[i]) for run in best] for i in (2, 3))
     return float(np.interp(wanted, logs, mean)), float(np.interp(wanted, logs, largest))
 
 
@@ -118,7 +121,7 @@ def measure(name: str, quick: bool) -> dict[str, list[Run]]:
     few = x[:4]
     check = scipy_ode("DOP853", 1e-12, 1e-12).solve(model, few, ENDS).x
     assert float((check - reference[:4]).abs().max()) < 1e-7, "the reference is not converged"
-    tolerances = np.logspace(-2, -5.5, 6 if quick else 15).tolist()
+    tolerances = np.logspace(-2, -7, 8 if quick else 21).tolist()
     table: dict[str, list[Run]] = {}
     for label, solve in solvers().items():
         table[label] = []

@@ -400,6 +400,22 @@ def test_the_callback_sees_state_time_and_denoised(solver, sde, unchecked):
 
 
 @either
+def test_the_callback_sees_the_running_samples_and_the_latest_of_their_times(solver):
+    noise = Noise.of(0, batch=6, dtype=F64)
+    x, model = noise.prior((6, 1)), diagonal(1).denoiser(VP)
+    each = [
+        solver.solve(
+            model, x[i : i + 1], ends(VP), noise=Noise.of(0, [i], dtype=F64), callback=lambda step: step.t
+        ).path
+        for i in range(6)
+    ]
+    seen = solver.solve(model, x, ends(VP), noise=noise, callback=lambda step: (step.t, len(step.x))).path
+    for k, (t, size) in enumerate(seen):
+        running = [times[k] for times in each if k < len(times)]
+        assert size == len(running) and t == pytest.approx(max(running), rel=1e-9)
+
+
+@either
 @pytest.mark.parametrize("state", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_images_and_empty_batches(solver, state, device):
     def pixels(x, t):
@@ -501,6 +517,7 @@ HOSTILE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], set[str]]] = {
     "noise": (jittered(1.0), set(STATUS)),
     "much noise": (jittered(1e6), set(STATUS)),
     "a little noise": (jittered(1e-4), set(STATUS)),
+    "enormous noise": (jittered(1e120), {STUCK}),
     "jump in x": (lambda x, t: x.sign(), set(STATUS)),
     "jump in t": (lambda x, t: 2.0 * (column(t, x) < 0.37) + 0 * x, {OK}),
     "jumps in t": (lambda x, t: (1e4 * column(t, x)).floor() % 2 + 0 * x, set(STATUS)),
