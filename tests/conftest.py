@@ -13,20 +13,12 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; xdist's workers inherit it
 
-import hypothesis
 import jaxtyping
 import pytest
 import torch
 
 ALPHA_BUDGET = 1e-6  # probability that a run of the whole suite fails although nothing is wrong
 LEDGER = pytest.StashKey["AlphaLedger"]()
-
-# too_slow measures the machine, not the code: on a loaded one it would be a false alarm.
-LENIENT = {"deadline": None, "print_blob": True, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
-hypothesis.settings.register_profile("ci", derandomize=True, database=None, max_examples=30, **LENIENT)
-hypothesis.settings.register_profile("quick", derandomize=True, database=None, max_examples=5, **LENIENT)
-hypothesis.settings.register_profile("nightly", derandomize=False, max_examples=2000, **LENIENT)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,6 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if "scoresde" in sys.modules:
             raise pytest.UsageError("scoresde was imported before its annotations could be checked")
         jaxtyping.install_import_hook("scoresde", "typecheck.check")
+    from scoresde.testing import profiles  # not before: its annotations are checked too
+
+    profiles.load()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

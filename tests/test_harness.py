@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scoresde.testing import profiles
+
 PACKAGE = """
 from __future__ import annotations
 from jaxtyping import Float
@@ -50,9 +52,13 @@ def test_a_run_of_its_own(tmp_path: Path):
     """Everything passes, and yet the run fails: four assertions on two workers spend 1.2e-6 of 1e-6."""
     (tmp_path / "scoresde").mkdir()
     (tmp_path / "scoresde" / "__init__.py").write_text(PACKAGE)
+    (tmp_path / "scoresde" / "testing").mkdir()
+    (tmp_path / "scoresde" / "testing" / "__init__.py").touch()
+    shutil.copy(profiles.__file__, tmp_path / "scoresde" / "testing")
     (tmp_path / "test_inner.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = cuda\n")
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    for name in ("conftest.py", "typecheck.py"):
+        shutil.copy(Path(__file__).with_name(name), tmp_path)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "."],

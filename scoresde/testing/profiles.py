@@ -1,0 +1,41 @@
+"""Hypothesis profiles: quick while writing, ci for every change, nightly for the search.
+
+quick and ci draw the same cases every time, so that a red run can be repeated; nightly draws new ones and
+prints the blob that repeats a failure.
+"""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+
+EXAMPLES = {"quick": 5, "ci": 30, "nightly": 2000}
+VARIABLE = "HYPOTHESIS_PROFILE"
+
+
+def register() -> None:
+    """Register the three profiles with hypothesis, under their names."""
+    for name, examples in EXAMPLES.items():
+        repeatable: dict = {} if name == "nightly" else {"derandomize": True, "database": None}
+        hypothesis.settings.register_profile(
+            name,
+            max_examples=examples,
+            deadline=None,
+            print_blob=True,
+            # it measures the machine, not the code: on a loaded one it would be a false alarm
+            suppress_health_check=[hypothesis.HealthCheck.too_slow],
+            **repeatable,
+        )
+
+
+def load(name: str | None = None) -> None:
+    """Register them and load one: `name`, or what the environment variable HYPOTHESIS_PROFILE says, or ci.
+
+    Raises ValueError for another name.
+    """
+    chosen = name or os.environ.get(VARIABLE, "ci")
+    if chosen not in EXAMPLES:
+        raise ValueError(f"expected a profile of {sorted(EXAMPLES)}, found {chosen!r}; see {VARIABLE}")
+    register()
+    hypothesis.settings.load_profile(chosen)

@@ -1,0 +1,1 @@
+"""Hypothesis strategies for everything a user may write or pass: valid, and adversarial."""
