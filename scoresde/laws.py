@@ -26,6 +26,8 @@ from .spectrum import Covariance, LowRank, Numbers, Spectrum, real, spectrum_of,
 
 __all__ = ["Empirical", "ExactDenoiser", "Gaussian", "Law", "LowRank", "Mixture"]
 
+SHOWN = 64  # numbers that a law prints
+
 
 class Law:
     """A finite mixture of Gaussians on events of shape `event_shape` (D numbers). Immutable; made by
@@ -56,10 +58,20 @@ class Law:
         return made
 
     def __repr__(self) -> str:
+        """Code that makes the law again, to rounding, if it is small; else what it is made of."""
         K = len(self._means)
+        if self._means.numel() * (1 if self._spectrum.basis is None else self.dim) <= SHOWN:
+            place = [repr(self._dtype)] if self._dtype != torch.float64 else []
+            place += [repr(str(self.device))] if self.device.type != "cpu" else []
+            moved = f".to({', '.join(place)})" if place else ""
+            return f"{type(self).__name__}({', '.join(self._arguments())}){moved}"
         what = f"{K} x {self._spectrum.kind}" if K > 1 else self._spectrum.kind
         where = f"dtype={self._dtype}, device={self.device}"
         return f"{type(self).__name__}(event_shape={self._event}, cov={what}, {where})"
+
+    def _arguments(self) -> list[str]:
+        """What the constructor was given, as code."""
+        raise NotImplementedError
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -234,6 +246,9 @@ class Gaussian(Law):
             torch.zeros(1, dtype=torch.float64, device=m.device), m.reshape(1, -1), spectrum, event
         )
 
+    def _arguments(self) -> list[str]:
+        return [_listed(self.mean), _covariance_code(self._spectrum, (), self._event)]
+
     def eigen(self) -> Eigen:
         """`cov = basis diag(values) basis^T`: (basis (D, D) or None for the identity, values (D,)),
         float64."""
@@ -284,6 +299,14 @@ class Mixture(Law):
         spectrum = spectrum_of(covs, (len(m),), event, m.device)
         super().__init__(_log_weights(weights, len(m), m.device), m.reshape(len(m), -1), spectrum, event)
 
+    def _arguments(self) -> list[str]:
+        lead = (len(self._means),)
+        return [
+            _listed(self.weights),
+            _listed(self.means),
+            _covariance_code(self._spectrum, lead, self._event),
+        ]
+
 
 class Empirical(Law):
     """The law that puts weights (N,), by default 1/N, on points (N, *event); shape (N,) gives events of shape
@@ -299,6 +322,9 @@ class Empirical(Law):
         log_w = _log_weights([1 / max(N, 1)] * N if weights is None else weights, N, x.device)
         zero = torch.zeros(N, 1, dtype=torch.float64, device=x.device)
         super().__init__(log_w, x.reshape(N, -1), Spectrum(math.prod(event), zero), event)
+
+    def _arguments(self) -> list[str]:
+        return [_listed(self.points), _listed(self.weights)]
 
     @property
     def points(self) -> Float[Tensor, "n ..."]:
@@ -375,6 +401,29 @@ class ExactDenoiser(BaseDenoiser):
 
 def _log_density(terms: Terms, dim: int) -> Tensor:
     return terms.logits.logsumexp(-1) + terms.common() - 0.5 * dim * math.log(2 * math.pi)
+
+
+def _listed(values: Tensor) -> str:
+    """The numbers as nested lists, to 15 digits, which is what float64 holds of a decimal number."""
+    if values.ndim:
+        return f"[{', '.join(map(_listed, values))}]"
+    return repr(float(f"{values.item():.15g}"))
+
+
+def _covariance_code(spectrum: Spectrum, lead: tuple[int, ...], event: tuple[int, ...]) -> str:
+    """The covariance argument (`lead` is () for one Gaussian, (K,) for a mixture) that gives the spectrum."""
+    if spectrum.basis is None:
+        numbers = spectrum.values
+        if bool((numbers == numbers[0, 0]).all()):
+            return _listed(numbers[0, 0])
+        return _listed(numbers.reshape(lead if spectrum.kind == "isotropic" else (*lead, *event)))
+    if spectrum.floor is None:
+        return _listed(spectrum.dense().reshape(*lead, spectrum.dim, spectrum.dim))
+    factor = spectrum.basis * (spectrum.values - spectrum.floor[:, None]).sqrt()[:, None, :]
+    variance = spectrum.floor.reshape(lead)
+    variance = f"torch.tensor({_listed(variance)}, dtype=torch.float64)" if lead else _listed(variance)
+    factor = _listed(factor.reshape(*lead, *factor.shape[1:]))
+    return f"LowRank({variance}, torch.tensor({factor}, dtype=torch.float64))"
 
 
 def _stacked(value: Numbers, name: str) -> Tensor:

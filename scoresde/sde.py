@@ -195,7 +195,8 @@ class VPSDE(LinearSDE):
 
     def __repr__(self) -> str:
         S = self.schedule
-        shown = f"Tabulated(<{S.steps} steps>)" if isinstance(S, Tabulated) else repr(S)
+        # Code that makes it again, unless it is a long table.
+        shown = f"Tabulated(<{S.steps} steps>)" if isinstance(S, Tabulated) and S.steps > 40 else repr(S)
         return f"{type(self).__name__}(schedule={shown})"
 
     @classmethod

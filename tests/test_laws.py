@@ -542,8 +542,17 @@ def test_a_law_keeps_its_own_copy() -> None:
     law.means.add_(1)
     law.mean.add_(1)
     near(law.mean, [0.0, 0.0, 0.0], 0.0)
-    assert "Gaussian(event_shape=(3,), cov=isotropic" in repr(law)
-    assert "3 x full" in repr(make("full", 0)[0])
+
+
+def test_small_laws_print_as_code_and_large_ones_as_what_they_are() -> None:
+    assert repr(Gaussian(0.7, 0.25)) == "Gaussian([0.7], 0.25)"
+    assert repr(Mixture([0.3, 0.7], [0.0, 1.0], [0.1, 0.2]).to(torch.float32)) == (
+        "Mixture([0.3, 0.7], [[0.0], [1.0]], [0.1, 0.2]).to(torch.float32)"
+    )
+    assert repr(Empirical([[1.0, 2.0]])) == "Empirical([[1.0, 2.0]], [1.0])"
+    assert "Gaussian(event_shape=(65,), cov=isotropic" in repr(Gaussian(torch.zeros(65), 1.0))
+    assert "2 x full" in repr(Mixture([0.5, 0.5], torch.zeros(2, 6), torch.eye(6).repeat(2, 1, 1)))
+    assert repr(Gaussian(torch.zeros(2, 2), 1.0)) == "Gaussian([[0.0, 0.0], [0.0, 0.0]], 1.0)"
 
 
 @pytest.mark.parametrize("kind", ["one " + k for k in KINDS])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_schedules import EPS, cosines, exact_B, f64, floats, linears, schedules, tables, times
 
 from scoresde.denoiser import BaseDenoiser
-from scoresde.schedules import Cosine, Learned, Linear, Sigmoid, tabulated_betas
+from scoresde.schedules import Cosine, Learned, Linear, Sigmoid, Tabulated, tabulated_betas
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE, clock, like
 
 torchsde = pytest.importorskip("torchsde")
@@ -450,7 +450,8 @@ def test_prior(sde: LinearSDE, device: torch.device, dtype: torch.dtype) -> None
 
 def test_repr() -> None:
     assert repr(VPSDE()) == "VPSDE(schedule=Linear(beta_min=0.1, beta_max=20.0))"
-    assert repr(SubVPSDE.from_betas([0.1] * 9)) == "SubVPSDE(schedule=Tabulated(<9 steps>))"
+    assert repr(SubVPSDE.from_betas([0.1] * 41)) == "SubVPSDE(schedule=Tabulated(<41 steps>))"
+    assert repr(VPSDE(schedule=Tabulated((0.0, 0.5)))) == "VPSDE(schedule=Tabulated(nodes=(0.0, 0.5)))"
     assert repr(VPSDE(0.5, 3.0).schedule) == repr(Linear(0.5, 3.0))
     assert VPSDE(schedule=Cosine()).schedule == Cosine()
     assert VPSDE.from_betas([0.1, 0.2]).schedule == tabulated_betas([0.1, 0.2])
