@@ -1,5 +1,5 @@
 """Solvers against textbook loops, high-precision quadrature and exact laws; orders by the protocol of
-protocol.py.
+scoresde.testing.orders.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
 from scoresde.solvers.base import Solver, TableSolver
 from scoresde.solvers.weights import step_weights
 from scoresde.tableau import Tableau, join
+from scoresde.testing import orders
 
 # Run-time type checks cost more than the solvers here; test_sampling.py runs every solver with them.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -602,7 +603,7 @@ WEAK = {name: s for name, s in TABLES.items() if s.card.weak_order is not None}
 def test_order(name: str) -> None:
     solver = ORDERED[name]
     assert not solver.card.stochastic
-    assert protocol.order(solver, VP).order == pytest.approx(solver.card.order, abs=0.15)
+    assert orders.order(solver, VP).order == pytest.approx(solver.card.order, abs=0.15)
 
 
 @pytest.mark.parametrize("name", [repr(s) for s in (
@@ -612,21 +613,21 @@ def test_order(name: str) -> None:
 @pytest.mark.parametrize("process", ["cosine", "edm", "rectified"])
 def test_order_on_other_processes(name: str, process: str) -> None:
     solver = ORDERED[name]
-    assert protocol.order(solver, SDES[process]).order == pytest.approx(solver.card.order, abs=0.15)
+    assert orders.order(solver, SDES[process]).order == pytest.approx(solver.card.order, abs=0.15)
 
 
 @pytest.fixture(scope="module")
-def mixture() -> protocol.Problem:
-    return protocol.mixture()
+def mixture() -> orders.Problem:
+    return orders.mixture()
 
 
 @pytest.mark.parametrize("name", ORDERED)
-def test_order_on_a_mixture(name: str, mixture: protocol.Problem) -> None:
+def test_order_on_a_mixture(name: str, mixture: orders.Problem) -> None:
     """Not less than declared; on this one law methods of order 4 and 5 reach their order from above (4.26,
     5.23).
     """
     solver = ORDERED[name]
-    found = protocol.order(solver, VP, mixture).order
+    found = orders.order(solver, VP, mixture).order
     assert solver.card.order is not None and -0.15 < found - solver.card.order < 0.35
 
 
@@ -634,13 +635,13 @@ def test_order_on_a_mixture(name: str, mixture: protocol.Problem) -> None:
 def test_weak_order(name: str) -> None:
     solver = WEAK[name]
     assert solver.card.stochastic
-    assert protocol.weak_order(solver, VP).order == pytest.approx(solver.card.weak_order, abs=0.15)
+    assert orders.weak_order(solver, VP).order == pytest.approx(solver.card.weak_order, abs=0.15)
 
 
 def test_the_protocol_can_fail() -> None:
     """Second differences halved, constant Adams weights and one flipped sign are seen for what they are."""
-    assert protocol.order(solvers.dpmpp(3, rule="half3"), VP).order < 2.2
-    assert protocol.order(solvers.adams(4, "adams"), VP).order < 2.2
+    assert orders.order(solvers.dpmpp(3, rule="half3"), VP).order < 2.2
+    assert orders.order(solvers.adams(4, "adams"), VP).order < 2.2
 
     def flipped(sde: LinearSDE, grid: Grid) -> Tableau:
         table = solvers.dpmpp(3).tableau(sde, grid)
@@ -650,7 +651,7 @@ def test_the_protocol_can_fail() -> None:
         return Tableau(table.times, table.skip, table.out, table.keep, mix, table.noise)
 
     wrong = TableSolver("wrong", flipped, solvers.dpmpp(3).card)
-    assert protocol.order(wrong, VP).order < 1.2
+    assert orders.order(wrong, VP).order < 1.2
 
     def coarse(sde: LinearSDE, grid: Grid) -> Tableau:
         table = solvers.sde_dpmpp(2).tableau(sde, grid)
@@ -660,7 +661,7 @@ def test_the_protocol_can_fail() -> None:
         return Tableau(table.times, table.skip, table.out, table.keep, mix, table.noise)
 
     half = TableSolver("half", coarse, solvers.sde_dpmpp(2).card)
-    assert protocol.weak_order(half, VP).order < 1.3
+    assert orders.weak_order(half, VP).order < 1.3
 
 
 @pytest.mark.parametrize("rule", ["euler_maruyama", "reverse_diffusion", "ddpm"])

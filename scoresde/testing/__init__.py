@@ -4,6 +4,41 @@ Checks are plain functions that raise AssertionError with the worst case, the me
 `strategies` draws the cases with hypothesis (`pip install scoresde[testing]`).
 """
 
-from . import failure, profiles, strategies
+from . import failure, orders, profiles, strategies
+from .black_box import SameLaw, check_same_law, check_sampler_exact_law, sampler_law
+from .certify import Certificate, certify
+from .solver_checks import (
+    check_batch,
+    check_invariances,
+    check_order,
+    check_rotation,
+    check_row_order,
+    check_scaling,
+    check_strong_order,
+    check_tableau,
+    check_time_change,
+    check_weak_order,
+)
 
-__all__ = ["failure", "profiles", "strategies"]
+__all__ = [
+    "Certificate",
+    "SameLaw",
+    "certify",
+    "check_batch",
+    "check_invariances",
+    "check_order",
+    "check_rotation",
+    "check_row_order",
+    "check_same_law",
+    "check_sampler_exact_law",
+    "check_scaling",
+    "check_strong_order",
+    "check_tableau",
+    "check_time_change",
+    "check_weak_order",
+    "failure",
+    "orders",
+    "profiles",
+    "sampler_law",
+    "strategies",
+]
