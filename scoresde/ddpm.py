@@ -108,7 +108,10 @@ class DDPM:
 
     def _index(self, i: Index, lowest: int = 1) -> Tensor:
         """`i` as an int64 tensor where it lives, checked against lowest..N where the host knows it."""
-        index = torch.as_tensor(i)
+        try:
+            index = torch.as_tensor(i)
+        except (TypeError, RuntimeError):
+            raise TypeError(f"expected integer indices {lowest}..{len(self)}, found {i!r}") from None
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise TypeError(f"expected integer indices {lowest}..{len(self)}, found dtype {index.dtype}")
         index = index.long()
@@ -167,7 +170,10 @@ class DDPM:
 
         `beta'_j = 1 - alpha_bar_j/alpha_bar_{j-1}`; a denoiser is still called at the full chain's times.
         """
-        kept = [operator.index(i) for i in indices]
+        try:
+            kept = [operator.index(i) for i in indices]
+        except TypeError:
+            raise TypeError(f"expected a sequence of integers in 1..{len(self)}, found {indices!r}") from None
         if not kept or any(b <= a for a, b in zip([0, *kept], kept, strict=False)) or kept[-1] > len(self):
             shown = f"{kept[:5]}{'...' if len(kept) > 5 else ''}"
             raise ValueError(f"expected strictly increasing indices in 1..{len(self)}, found {shown}")
@@ -204,6 +210,8 @@ class DDPM:
 
 def discretize(sde: VPSDE, n: int, rule: str = "exact") -> DDPM:
     """The n-step chain of a VP-SDE on t_i = i/n, by either rule of `VPSDE.log_alphas`."""
+    if not isinstance(sde, VPSDE):
+        raise TypeError(f"expected a VP-SDE to discretize, found {sde!r}")
     return DDPM.from_log_alphas(sde.log_alphas(n, rule))
 
 

@@ -11,6 +11,7 @@ predicted noise at alpha = 0) raises ValueError where the host knows the times.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .schedules import Tabulated, Time, holds, wide
+from .schedules import Tabulated, Time, check_numbers, holds, wide
 from .sde import LinearSDE, like
 
 Pair = tuple[Tensor, Tensor]
@@ -64,8 +65,9 @@ def Karras(sigma_data: float = 0.5) -> Prediction:
     c_skip = alpha sigma_data^2/S, c_out = sigma sigma_data/S^(1/2), c_in = 1/S^(1/2), so input and target
     both have unit variance.
     """
-    if not sigma_data > 0:
-        raise ValueError(f"expected sigma_data > 0, found {sigma_data}")
+    check_numbers(sigma_data=sigma_data)
+    if not 0 < sigma_data < math.inf:
+        raise ValueError(f"expected sigma_data > 0, found {sigma_data}; it must be finite")
 
     def spread(alpha: Tensor, sigma: Tensor) -> Tensor:
         return (sigma**2 + (alpha * sigma_data) ** 2).sqrt()
@@ -216,6 +218,8 @@ class Denoiser(BaseDenoiser):
         self, network: nn.Module, sde: LinearSDE, predicts: str | Prediction = "noise", time_input: str = "t"
     ) -> None:
         super().__init__()
+        if not callable(network) or not isinstance(sde, LinearSDE):
+            raise TypeError(f"expected a network and an SDE, found {type(network)} and {sde!r}")
         if not isinstance(predicts, Prediction) and predicts not in PREDICTIONS:
             raise ValueError(
                 f"expected predicts in {sorted(PREDICTIONS)} or Karras(sigma_data), found {predicts!r}"

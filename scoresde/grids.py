@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .schedules import Tabulated
+from .schedules import Tabulated, check_numbers
 from .sde import VPSDE, LinearSDE
 
 
@@ -42,7 +42,10 @@ class Grid:
                     f"there: {t}; make it anew, or pass its times"
                 )
             return t
-        t = torch.as_tensor(t).detach().double().cpu()
+        try:
+            t = torch.as_tensor(t).detach().double().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"expected a Grid or a tensor of decreasing times, found {t!r}") from None
         if t.ndim != 1 or len(t) < 2:
             raise ValueError(
                 f"expected a one-dimensional grid of at least two times, found shape {tuple(t.shape)}"
@@ -84,9 +87,12 @@ def _shown(values: Tensor) -> str:
 
 @torch.no_grad()
 def _range(sde: LinearSDE, steps: int, end: float | None) -> tuple[float, float]:
-    """(t_max, end) after checking both arguments."""
+    """(t_max, end) after checking the arguments."""
+    if not isinstance(sde, LinearSDE):
+        raise TypeError(f"expected an SDE to make a grid for, found {sde!r}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"expected a whole number of steps >= 1, found {steps!r}")
+    check_numbers(end=sde.default_end if end is None else end)
     last = float(sde.default_end if end is None else end)
     if not (sde.t_min <= last < sde.t_max or (last < sde.t_max and float(sde.sigma(last)) == 0)):
         raise ValueError(f"expected an end in [{sde.t_min}, {sde.t_max}) or 0, found {end}")
@@ -156,6 +162,7 @@ def uniform(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
 
 def power(sde: LinearSDE, steps: int, end: float | None = None, *, exponent: float = 2.5) -> Grid:
     """Equidistant in `t^(1/exponent)`: 1 is `uniform`, 2 `quadratic`; more puts more nodes near the end."""
+    check_numbers(exponent=exponent)
     if not 0 < exponent < math.inf:
         raise ValueError(f"expected exponent > 0, found {exponent}")
     return _in_time(sde, steps, end, lambda t: t ** (1 / exponent), lambda u: u**exponent)
@@ -173,6 +180,7 @@ def log_snr(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
 
 def karras(sde: LinearSDE, steps: int, end: float | None = None, *, rho: float = 7.0) -> Grid:
     """Equidistant in `(sigma/alpha)^(1/rho)` (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
+    check_numbers(rho=rho)
     if not 0 < rho < math.inf:
         raise ValueError(f"expected rho > 0, found {rho}")
     return _in_lam(sde, steps, end, lambda lam: (-lam / rho).exp(), lambda u: -rho * u.log())

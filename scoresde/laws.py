@@ -145,6 +145,8 @@ class Law:
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "n ..."]:
         """n independent draws; the generator, if given, lives on the law's device."""
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"expected a whole number of draws n >= 0, found {n!r}")
         k = torch.zeros(n, dtype=torch.long, device=self.device)
         if len(self._means) > 1 and n > 0:
             k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
@@ -436,7 +438,9 @@ def _stacked(value: Numbers, name: str) -> Tensor:
 def _log_weights(weights: Numbers, count: int, device: torch.device) -> Tensor:
     w = real(weights, "the weights", device)
     if w.shape != (count,) or bool((w < 0).any()):
-        raise ValueError(f"expected {count} weights >= 0, found shape {tuple(w.shape)}: {w.tolist()[:8]}")
+        raise ValueError(
+            f"expected {count} weights >= 0, found shape {tuple(w.shape)}: {w.flatten().tolist()[:8]}"
+        )
     total = w.sum().item()
     if abs(total - 1) > 1e-6:
         raise ValueError(f"expected weights with sum 1, found sum {total}; divide them by it")

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,6 +138,8 @@ def _integer(value: Any, name: str, low: int, high: int) -> int:
 
 def _checked_ids(ids: Any, device: torch.device | str | None) -> Tensor:
     """A copy of the ids, int64 (B,), on the device (default: where they are)."""
+    if not isinstance(ids, Tensor | Iterable):
+        raise TypeError(f"expected a sequence or an int64 tensor of sample ids, found {ids!r}")
     if not isinstance(ids, Tensor):
         ids = [_integer(i, "sample id", -(2**63), 2**63) for i in ids]
         ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
@@ -289,6 +291,8 @@ class BrownianPath:
     _levels: Tensor = field(init=False, repr=False)  # 2^d for d = 0 .. depth, int64 (depth + 1, 1)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, Noise):
+            raise TypeError(f"expected a Noise as the source of a path, found {self.source!r}")
         shape = _checked_shape(self.shape, len(self.source.ids))
         start, stop, depth = float(self.start), float(self.stop), _integer(self.depth, "depth", 1, 61)
         if not (start < stop and math.isfinite(stop - start)):

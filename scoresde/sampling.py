@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -51,8 +51,9 @@ def sample(
     Raises ValueError or TypeError for arguments that do not fit, before the first network call, and
     FloatingPointError naming call and time if the network returns NaN or Inf.
     """
+    _check_parts(model, solver, condition, callback)
     shape = _checked_shape(shape)
-    device = torch.device(model.device if device is None else device)
+    device = _checked_device(model.device if device is None else device)
     dtype = torch.promote_types(model.dtype, torch.float32) if dtype is None else dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -80,6 +81,8 @@ def encode(
 ) -> Samples:
     """The latent of data `x` (B, ...): the probability-flow ODE from `end` (where x is taken to be) to t_max
     with a deterministic solver on the same grid as `sample`, reversed."""
+    _check_parts(model, solver, condition, callback)
+    _check_state(x)
     times = make_grid(model.sde, grid, steps, end).reversed()
     return solver.solve(model.given(**(condition or {})), x, times, callback=callback)
 
@@ -97,6 +100,8 @@ def decode(
 ) -> Samples:
     """Data from a latent at t_max (B, ...): `sample` without the drawing. What `encode` returned may be
     passed whole; a reversible solver then undoes it exactly."""
+    _check_parts(model, solver, condition, callback)
+    _check_state(latent.x if isinstance(latent, Samples) else latent)
     start: Any = latent
     if isinstance(latent, Samples):
         start = latent.x if latent.companion is None else (latent.x, latent.companion)
@@ -117,6 +122,11 @@ def make_grid(
                 "one of the two"
             )
         return given
+    if grid is not None and not callable(grid):
+        raise TypeError(
+            "expected a function such as grids.karras, a Grid, or a tensor of decreasing times as grid, "
+            f"found {grid!r}"
+        )
     return (default_grid if grid is None else grid)(sde, steps, end)
 
 
@@ -125,8 +135,40 @@ def default_grid(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
     return (grids.quadratic if sde.t_max == 1 and sde.prior_std == 1 else grids.karras)(sde, steps, end)
 
 
+def _check_parts(
+    model: BaseDenoiser, solver: Solver, condition: Mapping[str, Any] | None, callback: Callback | None
+) -> None:
+    if not isinstance(model, BaseDenoiser):
+        raise TypeError(
+            "expected a denoiser as model, such as Denoiser(network, sde) or law.denoiser(sde), "
+            f"found {model!r}"
+        )
+    if isinstance(solver, type) or not isinstance(solver, Solver):
+        raise TypeError(f"expected a solver object such as solvers.dpmpp(order=2), found {solver!r}")
+    if not isinstance(condition, Mapping | None):
+        raise TypeError(f"expected a mapping from names to values as condition, found {condition!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"expected a function of a Step as callback, found {callback!r}")
+
+
+def _check_state(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor of shape (batch, ...), found {x!r}")
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating state, found {x.dtype}; scale integer images to floats first")
+    if x.ndim < 2:
+        raise ValueError(f"expected a state of shape (batch, ...), found {tuple(x.shape)}")
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"expected a device such as 'cpu' or 'cuda:0', found {device!r}") from None
+
+
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Iterable) else ()
     if len(sizes) < 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in sizes):
         raise ValueError(
             "expected a shape (batch, ...) of whole numbers with at least one axis after the batch, found "

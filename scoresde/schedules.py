@@ -8,7 +8,7 @@ belongs to the very number that was given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -18,13 +18,29 @@ from torch import Tensor, nn
 Time = float | Tensor
 
 
+def check_numbers(**values: object) -> None:
+    """TypeError unless each value is a number, or converts to one as numpy's do (text does not)."""
+    for name, value in values.items():
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"{name}: expected a number, found {value!r}")
+
+
 def wide(t: Time) -> Tensor:
-    """`t` as a float64 tensor on its own device (numbers: the CPU). Raises TypeError for integer tensors."""
+    """`t` as a float64 tensor on its own device (numbers: the CPU). Raises TypeError for integer tensors and
+    for what is no number."""
     if not isinstance(t, Tensor):
+        check_numbers(time=t)
         return torch.tensor(float(t), dtype=torch.float64)
     if not t.is_floating_point():
         raise TypeError(f"expected floating times, found {t.dtype}; a DDPM index i sits at t = i/N")
     return t.double()
+
+
+def unit_interval(t: Tensor) -> Tensor:
+    """`t`, for formulas that mean nothing beyond t = 1 (but rounding). Raises ValueError beyond it."""
+    if not holds(t <= 1 + 1e-9):
+        raise ValueError(f"expected times t <= 1, where this process ends, found {t.max().item()}")
+    return t
 
 
 def holds(condition: Tensor) -> bool:
@@ -64,6 +80,7 @@ class Linear:
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
+        check_numbers(beta_min=self.beta_min, beta_max=self.beta_max)
         if not (0 <= self.beta_min < math.inf and 0 < self.beta_max < math.inf):
             raise ValueError(
                 f"expected 0 <= beta_min, 0 < beta_max, both finite; found {self.beta_min}, {self.beta_max}"
@@ -93,6 +110,7 @@ class Cosine:
     log_snr_min: float = -10.0
 
     def __post_init__(self) -> None:
+        check_numbers(s=self.s, log_snr_min=self.log_snr_min)
         if not (self.s >= 0 and -700 < self.log_snr_min < 10):
             raise ValueError(
                 f"expected s >= 0 and -700 < log_snr_min < 10, found {self.s}, {self.log_snr_min}"
@@ -112,6 +130,7 @@ class Cosine:
         return math.pi / 2 - self._start - self._gap
 
     def B(self, t: Tensor) -> Tensor:
+        t = unit_interval(t)
         # Each branch stays where it is used, so that gradients are finite.
         d = self._rate * t.clamp(max=0.5)  # u - u(0)
         left = self._rate * (1 - t.clamp(min=0.5)) + self._gap  # pi/2 - u
@@ -122,7 +141,7 @@ class Cosine:
         return torch.where(t < 0.5, early, late)
 
     def beta(self, t: Tensor) -> Tensor:
-        return 2 * self._rate / (self._rate * (1 - t) + self._gap).tan()
+        return 2 * self._rate / (self._rate * (1 - unit_interval(t)) + self._gap).tan()
 
     def time(self, B: Tensor) -> Tensor:
         c = -torch.expm1(-B / 2)  # = 2 sin^2(d/2) + tan(u0) sin(d); a quadratic in w = tan(d/2)
@@ -147,6 +166,7 @@ class Sigmoid:
     log_snr_min: float = -10.0
 
     def __post_init__(self) -> None:
+        check_numbers(start=self.start, end=self.end, tau=self.tau, log_snr_min=self.log_snr_min)
         steep = max(abs(self.start), abs(self.end)) / self.tau if self.tau > 0 else math.inf
         if not (self.end > self.start and steep < 500 and -700 < self.log_snr_min < 10):
             raise ValueError(
@@ -172,7 +192,7 @@ class Sigmoid:
     def _alpha_bar(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_bar, 1 - alpha_bar), each with full relative precision."""
         (first, last), (signal_end, noise_end) = self._w, self._end
-        w = first + t * (last - first)
+        w = first + unit_interval(t) * (last - first)
         # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)) does not cancel
         noise = -torch.expm1(-t * (last - first)) * w.sigmoid() * _logistic(-first)
         signal = -torch.expm1((t - 1) * (last - first)) * _logistic(last) * (-w).sigmoid()
@@ -210,6 +230,8 @@ class Tabulated:
     _tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.nodes, str) or not isinstance(self.nodes, Iterable):
+            raise TypeError(f"expected the numbers B(i/N) as nodes, found {self.nodes!r}")
         object.__setattr__(self, "nodes", tuple(float(b) for b in self.nodes))
         steps = [b - a for a, b in zip(self.nodes, self.nodes[1:], strict=False)]
         if len(self.nodes) < 2 or self.nodes[0] != 0 or not all(0 < d < math.inf for d in steps):
@@ -266,9 +288,10 @@ class Learned(nn.Module):
 
     def __init__(self, log_snr_max: float = 13.3, log_snr_min: float = -10.0, hidden: int = 32) -> None:
         super().__init__()
-        if not (log_snr_max > log_snr_min and hidden >= 1):
+        check_numbers(log_snr_max=log_snr_max, log_snr_min=log_snr_min)
+        if not (log_snr_max > log_snr_min and isinstance(hidden, int) and hidden >= 1):
             raise ValueError(
-                "expected log_snr_min < log_snr_max and hidden >= 1, "
+                "expected log_snr_min < log_snr_max and a whole number hidden >= 1, "
                 f"found {log_snr_min}, {log_snr_max}, {hidden}"
             )
         self.log_snr_max, self.log_snr_min = log_snr_max, log_snr_min
@@ -302,7 +325,10 @@ class Learned(nn.Module):
 
 def beta_table(betas: Sequence[float] | Tensor) -> Tensor:
     """A DDPM table as an (N,) float64 CPU tensor. Raises ValueError unless 0 < beta < 1 throughout."""
-    table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+    try:
+        table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"expected a table of numbers as betas, found {betas!r}") from None
     if table.ndim != 1 or len(table) == 0 or not bool(((table > 0) & (table < 1)).all()):
         span = f", range [{table.min().item():g}, {table.max().item():g}]" if table.numel() else ""
         raise ValueError(

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .schedules import Linear, Schedule, Tabulated, Time, holds, tabulated_betas, wide
+from .schedules import (
+    Linear,
+    Schedule,
+    Tabulated,
+    Time,
+    check_numbers,
+    holds,
+    tabulated_betas,
+    unit_interval,
+    wide,
+)
 
 if TYPE_CHECKING:
     from .denoiser import BaseDenoiser
@@ -23,6 +33,8 @@ if TYPE_CHECKING:
 
 def like(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient of shape () or (B,), shaped to multiply `x` (B, ...), on its device and in its dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor as state, found {x!r}")
     if not x.is_floating_point():
         raise TypeError(f"expected a floating state, found {x.dtype}; scale integer data to floats first")
     cast = coefficient.to(x)
@@ -191,6 +203,10 @@ class VPSDE(LinearSDE):
     def __init__(
         self, beta_min: float = 0.1, beta_max: float = 20.0, *, schedule: Schedule | None = None
     ) -> None:
+        if not isinstance(schedule, Schedule | None):
+            raise TypeError(
+                f"expected a schedule with B, beta and time, as in scoresde.schedules, found {schedule!r}"
+            )
         self.schedule: Schedule = Linear(beta_min, beta_max) if schedule is None else schedule
 
     def __repr__(self) -> str:
@@ -322,19 +338,19 @@ class VESDE(LinearSDE):
         return math.log(self.sigma_max / self.sigma_min)
 
     def alpha(self, t: Time) -> Tensor:
-        return torch.ones_like(wide(t))
+        return torch.ones_like(clock(t))
 
     def sigma(self, t: Time) -> Tensor:
-        return self.sigma_min * (wide(t) * self._log_ratio).exp()
+        return self.sigma_min * (clock(t) * self._log_ratio).exp()
 
     def log_snr(self, t: Time) -> Tensor:
-        return -2 * (math.log(self.sigma_min) + wide(t) * self._log_ratio)
+        return -2 * (math.log(self.sigma_min) + clock(t) * self._log_ratio)
 
     def time(self, log_snr: Time) -> Tensor:
         return (-0.5 * wide(log_snr) - math.log(self.sigma_min)) / self._log_ratio
 
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(wide(t)), 2 * self._log_ratio * self.sigma(t) ** 2
+        return torch.zeros_like(clock(t)), 2 * self._log_ratio * self.sigma(t) ** 2
 
     def innovation(self, s: Time, t: Time) -> Tensor:
         return self.sigma(s) ** 2 * torch.expm1(2 * self._log_ratio * (wide(t) - wide(s)))
@@ -394,20 +410,20 @@ class Rectified(LinearSDE):
     """
 
     def alpha(self, t: Time) -> Tensor:
-        return 1 - clock(t)
+        return 1 - unit_interval(clock(t))
 
     def sigma(self, t: Time) -> Tensor:
-        return clock(t).clone()
+        return unit_interval(clock(t)).clone()
 
     def log_snr(self, t: Time) -> Tensor:
-        t = clock(t)
+        t = unit_interval(clock(t))
         return 2 * (torch.log1p(-t) - t.log())
 
     def time(self, log_snr: Time) -> Tensor:
         return (-0.5 * wide(log_snr)).sigmoid()
 
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
-        t = clock(t)
+        t = unit_interval(clock(t))
         return -1 / (1 - t), 2 * t / (1 - t)
 
     def scale(self, s: Time, t: Time) -> Tensor:
@@ -425,5 +441,6 @@ class Rectified(LinearSDE):
 
 
 def _check_noise_range(sigma_min: float, sigma_max: float) -> None:
+    check_numbers(sigma_min=sigma_min, sigma_max=sigma_max)
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"expected 0 < sigma_min < sigma_max, both finite; found {sigma_min}, {sigma_max}")

@@ -27,8 +27,11 @@ Covariance = Numbers | LowRank
 
 
 def real(value: Numbers, name: str, device: torch.device | None = None) -> Tensor:
-    """A float64 copy of `value`; ValueError unless it is finite."""
-    tensor = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
+    """A float64 copy of `value`; TypeError unless it is numbers, ValueError unless they are finite."""
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"expected {name} as numbers, found {value!r}") from None
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"expected {name} to be finite, found NaN or infinity")
     return tensor

@@ -66,7 +66,11 @@ class Tableau:
 
     def __post_init__(self) -> None:
         for key in FIELDS:
-            value = torch.as_tensor(getattr(self, key), dtype=torch.float64).detach().cpu()
+            try:
+                value = torch.as_tensor(getattr(self, key), dtype=torch.float64).detach().cpu()
+            except (TypeError, ValueError, RuntimeError):
+                found = getattr(self, key)
+                raise TypeError(f"expected a tensor of numbers as {key}, found {found!r}") from None
             if not bool(value.isfinite().all()):
                 raise ValueError(f"expected finite coefficients in {self.name}, found {key} = {value}")
             object.__setattr__(self, key, value)
@@ -95,6 +99,8 @@ class Tableau:
 
     def __add__(self, other: Tableau) -> Tableau:
         """This table, then `other` from where it ended."""
+        if not isinstance(other, Tableau):
+            return NotImplemented
         return join([self, other])
 
     def __repr__(self) -> str:
@@ -124,7 +130,10 @@ class Tableau:
     @classmethod
     def from_json(cls, text: str) -> Tableau:
         """The table written by `to_json`. Raises ValueError for anything else."""
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError):
+            data = None
         if (
             not isinstance(data, dict)
             or data.get("format") != "scoresde.tableau/1"
@@ -298,6 +307,8 @@ def _reused(mix: Tensor) -> list[bool]:
 def output_law(table: Tableau, gaussian: Gaussian, sde: LinearSDE, prior: Gaussian | None = None) -> Gaussian:
     """See `Tableau.law`. In the eigenbasis of the data every direction is a scalar recursion; the executor
     runs it on (constant, initial state, noises)."""
+    if not isinstance(gaussian, Gaussian):
+        raise TypeError(f"expected a laws.Gaussian, whose output law is Gaussian too, found {gaussian!r}")
     basis, values = gaussian.eigen()
     mean = gaussian.mean.flatten()
     center = mean if basis is None else basis.T @ mean

@@ -162,7 +162,8 @@ class Conditioning(nn.Module):
             h = h + self.vector(self._checked(vector, len(time)).to(weight.dtype))
         elif vector is not None:
             raise ValueError(
-                "vector: this network has no vector input; leave vector out, or build it with vector_dim=."
+                f"vector: expected none, found shape {tuple(vector.shape)}: this network has no vector "
+                "input; leave it out, or build the network with vector_dim=."
             )
         return nn.functional.silu(h)
 

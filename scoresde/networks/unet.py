@@ -22,7 +22,7 @@ def check_positive(**sizes: int | None) -> None:
 
 
 def check_dropout(dropout: float) -> None:
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), found {dropout!r}.")
 
 
@@ -72,6 +72,10 @@ class UNet(nn.Module):
         super().__init__()
         check_positive(channels=channels, base=base, blocks=blocks, heads=heads, classes=classes)
         check_positive(vector_dim=vector_dim, embedding_dim=embedding_dim, out_channels=out_channels)
+        if not isinstance(multipliers, Sequence):
+            raise TypeError(
+                f"multipliers: expected positive ints, one for each level, found {multipliers!r}."
+            )
         check_positive(
             **{f"multipliers[{level}]": m for level, m in enumerate(multipliers)}, levels=len(multipliers)
         )

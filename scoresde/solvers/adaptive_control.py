@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import DATA, BaseDenoiser, Conditioned, Prediction
+from ..schedules import check_numbers
 from ..tableau import Step
 from .base import Callback, Samples
 
@@ -61,6 +62,7 @@ class Control:
     max_calls: int
 
     def __post_init__(self) -> None:
+        check_numbers(rtol=self.rtol, atol=self.atol)
         if not (0 <= self.rtol < 1 and 0 <= self.atol < math.inf and self.rtol + self.atol > 0):
             raise ValueError(
                 "expected tolerances 0 <= rtol < 1 and 0 <= atol < inf, at least one of them positive; "

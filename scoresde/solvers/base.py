@@ -110,10 +110,7 @@ class TableSolver:
 
     def steps_for(self, calls: int) -> int:
         """The largest number of grid steps that takes at most `calls` network calls."""
-        if calls < self.calls(1):
-            raise ValueError(
-                f"expected at least {self.calls(1)} calls, the cost of one step of {self}; found {calls}"
-            )
+        check_calls(calls, self.calls(1), self)
         steps = max(1, calls // max(self.card.calls_per_step, 1))
         while self.calls(steps + 1) <= calls:
             steps += 1
@@ -175,6 +172,14 @@ def _device_guard(bad: Tensor) -> Callable[[int, Tensor, Tensor], None]:
         bad.copy_(torch.where(F.isfinite().all(), bad, bad.clamp(max=k)))
 
     return guard
+
+
+def check_calls(calls: int, least: int, solver: object) -> None:
+    """ValueError unless `calls` is a whole number that pays for one step."""
+    if isinstance(calls, bool) or not isinstance(calls, int) or calls < least:
+        raise ValueError(
+            f"expected at least {least} calls, the cost of one step of {solver}; found {calls!r}"
+        )
 
 
 @contextmanager

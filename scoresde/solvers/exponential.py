@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..grids import Grid
+from ..schedules import check_numbers
 from ..sde import LinearSDE
 from ..tableau import Tableau
 from .base import Card, TableSolver
@@ -99,10 +100,11 @@ class Exponential:
     rule: str = "exact"
 
     def __post_init__(self) -> None:
-        if not (1 <= self.order <= 8 and 0 <= self.corrector <= 8):
+        whole = all(isinstance(p, int) and not isinstance(p, bool) for p in (self.order, self.corrector))
+        if not (whole and 1 <= self.order <= 8 and 0 <= self.corrector <= 8):
             raise ValueError(
-                f"expected an order in 1..8 and a corrector order in 0..8, found {self.order}, "
-                f"{self.corrector}"
+                f"expected an order in 1..8 and a corrector order in 0..8, found {self.order!r}, "
+                f"{self.corrector!r}"
             )
         for value, known in (
             (self.stored, STORED),
@@ -115,6 +117,8 @@ class Exponential:
             raise ValueError(
                 f"expected order 1..4 and no corrector for rule 'adams', found {self.order}, {self.corrector}"
             )
+        if not callable(self.tau):
+            check_numbers(tau=self.tau)
         if not callable(self.tau) and not 0 <= self.tau < math.inf:
             raise ValueError(f"expected a noise level tau >= 0, found {self.tau}")
 
@@ -209,6 +213,7 @@ def sde_dpmpp(order: int = 2, eta: float = 1.0, singlestep: bool = False, rule: 
     _order(order, 3)
     options = (("order", order), ("eta", eta), ("singlestep", singlestep), ("rule", rule))
     reference = "Lu et al. 2022, arXiv:2211.01095"
+    check_numbers(eta=eta)
     if not 0 <= eta < math.inf:
         raise ValueError(f"expected eta >= 0, found {eta}")
     if singlestep:

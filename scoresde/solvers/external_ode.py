@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..denoiser import BaseDenoiser, Conditioned
 from ..grids import Grid
+from ..schedules import check_numbers
 from ..sde import LinearSDE
 from ..tableau import NoiseSource, Step
 from .base import Callback, Card, Samples, evaluating
@@ -42,6 +43,7 @@ class Calls:
 
 
 def checked_control(rtol: float, atol: float, max_calls: int) -> None:
+    check_numbers(rtol=rtol, atol=atol)
     # below 100 roundings scipy takes another tolerance than the one it was given
     if not (100 * np.finfo(float).eps <= rtol < 1 and 0 <= atol < math.inf):
         raise ValueError(f"expected 2.3e-14 <= rtol < 1 and 0 <= atol < inf, found rtol={rtol}, atol={atol}")

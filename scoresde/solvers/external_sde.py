@@ -16,7 +16,7 @@ from ..grids import Grid
 from ..noise import BrownianPath, Noise
 from ..sde import like
 from ..tableau import NoiseSource, Step
-from .base import Callback, Card, Samples, evaluating
+from .base import Callback, Card, Samples, check_calls, evaluating
 from .external_ode import OK, Calls, Halt, checked_control, evaluations, no_noise, one_by_one, status_of
 
 
@@ -142,11 +142,7 @@ class TorchSDE:
         start = int(self.method == "reversible_heun")
         if self.adaptive:
             return 1
-        if calls < self.card.calls_per_step + start:
-            least = self.card.calls_per_step + start
-            raise ValueError(
-                f"expected at least {least} calls, the cost of one step of {self}; found {calls}"
-            )
+        check_calls(calls, self.card.calls_per_step + start, self)
         return (calls - start) // self.card.calls_per_step
 
     def solve(

@@ -19,7 +19,7 @@ from ..denoiser import BaseDenoiser
 from ..grids import Grid
 from ..sde import LinearSDE, like
 from ..tableau import NoiseSource, Step, Tableau, run
-from .base import Callback, Card, Samples, TableSolver, evaluating
+from .base import Callback, Card, Samples, TableSolver, check_calls, evaluating
 from .onestep import one_step_table
 from .weights import singular_step
 
@@ -93,10 +93,7 @@ class PredictorCorrector:
     def steps_for(self, calls: int) -> int:
         """The largest number of grid steps that takes at most `calls` network calls."""
         steps = 1
-        if self._calls(steps) > calls:
-            raise ValueError(
-                f"expected at least {self._calls(1)} calls, the cost of one step of {self}; found {calls}"
-            )
+        check_calls(calls, self._calls(steps), self)
         while self._calls(steps + 1) <= calls:
             steps += 1
         return steps
@@ -388,7 +385,10 @@ def _clock(t: float, x: Tensor) -> Tensor:
 
 def _checked(model: BaseDenoiser, x: Tensor, t: float, step: float | Tensor, steps: int) -> Tensor:
     """The step as a float64 tensor of shape () or (B,), after checking the arguments."""
-    eps = torch.as_tensor(step, dtype=torch.float64).detach()
+    try:
+        eps = torch.as_tensor(step, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"expected a step > 0, a number or of shape ({len(x)},), found {step!r}") from None
     if eps.ndim > 1 or (eps.ndim == 1 and len(eps) != len(x)) or not bool(((eps > 0) & eps.isfinite()).all()):
         raise ValueError(f"expected a step > 0, a number or of shape ({len(x)},), found {step}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..grids import Grid
+from ..schedules import check_numbers
 from ..sde import VPSDE, LinearSDE
 from ..tableau import Tableau
 from .base import Card, TableSolver
@@ -80,6 +81,7 @@ def ddim(eta: float = 0.0) -> TableSolver:
 
     eta = 0 is the first-order exponential solver of the probability-flow ODE, eta = 1 is DDPM.
     """
+    check_numbers(eta=eta)
     if not 0 <= eta <= 1:
         raise ValueError(f"expected eta in [0, 1], found {eta}")
 
@@ -203,6 +205,8 @@ def _historical_reverse_diffusion(sde: LinearSDE, t: Tensor) -> Coefficients:
 
 def from_tableau(table: Tableau) -> TableSolver:
     """A table as a solver, for its own times only. Raises ValueError for a grid with other ends."""
+    if not isinstance(table, Tableau):
+        raise TypeError(f"expected a Tableau, found {table!r}")
 
     def build(sde: LinearSDE, grid: Grid) -> Tableau:
         ends = torch.stack([grid.t[0], grid.t[-1]])

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..denoiser import BaseDenoiser
 from ..grids import Grid
+from ..schedules import check_numbers
 from ..sde import LinearSDE
 from ..tableau import NoiseSource, Step, Tableau, finite_guard, run
-from .base import Callback, Card, Pair, Samples, evaluating, from_pair
+from .base import Callback, Card, Pair, Samples, check_calls, evaluating, from_pair
 from .singlestep import MIDPOINT, STAGES, singlestep_table
 
 
@@ -40,11 +41,7 @@ class Reversible:
 
     def steps_for(self, calls: int) -> int:
         """The largest number of grid steps that takes at most `calls` network calls."""
-        if calls < self.card.calls_per_step:
-            raise ValueError(
-                f"expected at least {self.card.calls_per_step} calls, the cost of one step of {self}; found "
-                f"{calls}"
-            )
+        check_calls(calls, self.card.calls_per_step, self)
         return calls // self.card.calls_per_step
 
     def solve(
@@ -120,6 +117,7 @@ def _base_table(sde: LinearSDE, s: Tensor, t: Tensor, order: int) -> Tableau:
 def reversible(order: int = 2, coupling: float = 0.999) -> Reversible:
     """The reversible solver over Euler (order 1, two calls a step) or the midpoint rule (order 2, four calls
     a step) in sigma/alpha; `coupling` c in (0, 1] ties the two copies."""
+    check_numbers(coupling=coupling)
     if order not in (1, 2) or not 0 < coupling <= 1:
         raise ValueError(f"expected order 1 or 2 and 0 < coupling <= 1, found {order}, {coupling}")
     properties = frozenset({"clock_free", "scale_covariant"})

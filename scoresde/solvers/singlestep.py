@@ -266,6 +266,8 @@ def restart(intervals: Sequence[tuple[float, float, int, int]] = ((0.1, 0.3, 2, 
     arXiv:2306.14878, algorithm 1). The inner grids are Karras' with rho 7. Each interval hangs at the grid
     node nearest to `low` from above the end.
     """
+    if not isinstance(intervals, Sequence) or not all(len(interval) == 4 for interval in intervals):
+        raise ValueError(f"expected intervals (low, high, times, steps), found {intervals!r}")
     for low, high, times, steps in intervals:
         if not (0 < low < high and times >= 1 and steps >= 1):
             raise ValueError(

@@ -72,9 +72,13 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("lr", "warmup", "weight_decay", "ema_decay", "label_dropout"):
+            value = getattr(self, name)
+            _expect(isinstance(value, int | float), name, "a number", value)
         for name in ("steps", "batch_size", "every", "patience"):
             value = getattr(self, name)
-            _expect(isinstance(value, int) and value >= 1, name, "an int of at least 1", value)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _expect(whole and value >= 1, name, "an int of at least 1", value)
         for name in ("warmup", "weight_decay"):
             _expect(
                 0 <= getattr(self, name) < math.inf,
