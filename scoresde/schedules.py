@@ -141,7 +141,11 @@ class Cosine:
         return torch.where(t < 0.5, early, late)
 
     def beta(self, t: Tensor) -> Tensor:
-        return 2 * self._rate / (self._rate * (1 - unit_interval(t)) + self._gap).tan()
+        t = unit_interval(t)
+        # tan(u) from the nearer end, so that each keeps its digits where it is small
+        early = (self._start + self._rate * t.clamp(max=0.5)).tan()
+        late = 1 / (self._rate * (1 - t.clamp(min=0.5)) + self._gap).tan()
+        return 2 * self._rate * torch.where(t < 0.5, early, late)
 
     def time(self, B: Tensor) -> Tensor:
         c = -torch.expm1(-B / 2)  # = 2 sin^2(d/2) + tan(u0) sin(d); a quadratic in w = tan(d/2)

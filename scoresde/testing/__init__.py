@@ -1,12 +1,16 @@
 """Property tests for schedules, processes, discretizations, denoisers and solvers: ours, and a user's own.
 
 Checks are plain functions that raise AssertionError with the worst case, the measured number and the bound;
-`strategies` draws the cases with hypothesis (`pip install scoresde[testing]`).
+they need neither pytest nor hypothesis. `scoresde.testing.strategies` draws the cases, and
+`scoresde.testing.profiles` says how many, with hypothesis (`pip install scoresde[testing]`).
 """
 
-from . import failure, orders, profiles, strategies
+from . import failure, orders
 from .black_box import SameLaw, check_same_law, check_sampler_exact_law, sampler_law
 from .certify import Certificate, certify
+from .chain_checks import check_discretization
+from .denoiser_checks import check_denoiser
+from .process_checks import check_schedule, check_sde
 from .solver_checks import (
     check_batch,
     check_invariances,
@@ -25,6 +29,8 @@ __all__ = [
     "SameLaw",
     "certify",
     "check_batch",
+    "check_denoiser",
+    "check_discretization",
     "check_invariances",
     "check_order",
     "check_rotation",
@@ -32,13 +38,13 @@ __all__ = [
     "check_same_law",
     "check_sampler_exact_law",
     "check_scaling",
+    "check_schedule",
+    "check_sde",
     "check_strong_order",
     "check_tableau",
     "check_time_change",
     "check_weak_order",
     "failure",
     "orders",
-    "profiles",
     "sampler_law",
-    "strategies",
 ]
