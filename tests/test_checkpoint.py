@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import pickle
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import nn
 
+from benchmarks.damage import (
+    HOSTILE,
+    flipped_bits,
+    foreign_files,
+    full_disk,
+    fuzzed_headers,
+    kill_9,
+    random_model,
+    resigned,
+    same_tensors,
+    truncations,
+    unnoticed,
+)
 from scoresde import checkpoint, networks
 from scoresde.checkpoint import CheckpointError
 from scoresde.denoiser import Denoiser, Karras
-from scoresde.networks import MLP, UNet
+from scoresde.networks import UNet
 from scoresde.schedules import Cosine, Learned, Linear, Sigmoid, Tabulated
-from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
+from scoresde.sde import EDM, VESDE, VPSDE, Rectified, SubVPSDE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,35 +43,6 @@ SDES = [
     EDM(0.003, 79.0),
     Rectified(),
 ]
-
-
-def random_model(sde: LinearSDE | None = None, seed: int = 0, predicts="noise", **options) -> Denoiser:
-    """An MLP with random weights everywhere (a new network is zero at its end)."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        network = MLP(3, hidden=8, layers=1, embedding="fourier", **options)
-        for p in network.parameters():
-            p.normal_()
-    return Denoiser(network, VPSDE() if sde is None else sde, predicts)
-
-
-def same_tensors(a: nn.Module, b: nn.Module) -> bool:
-    return list(a.state_dict()) == list(b.state_dict()) and all(
-        x.dtype == y.dtype and torch.equal(x, y)
-        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
-
-
-def resigned(path: Path, change) -> None:
-    """Change tensors and description of a file and sign it rightly, as a hostile author can."""
-    with safe_open(path, framework="pt") as opened:
-        description = json.loads(opened.metadata()["scoresde"])
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    description = change(description, tensors) or description
-    content = safetensors.torch.save(tensors, {"scoresde": json.dumps(description), "sha256": "0" * 64})
-    path.write_bytes(
-        content.replace(b'"' + b"0" * 64 + b'"', f'"{hashlib.sha256(content).hexdigest()}"'.encode())
-    )
 
 
 @pytest.fixture
@@ -227,131 +203,42 @@ def test_loading_leaves_the_global_state_alone_and_goes_to_the_device(saved, dev
 
 @pytest.mark.parametrize("trials", [200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_every_flipped_bit_is_found(saved, trials):
-    content = saved.read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")
-    generator = torch.Generator().manual_seed(trials)
-    for trial in range(trials):
-        # Half of them in the header, which is a small part of the file.
-        size = header if trial % 2 else len(content)
-        position = int(torch.randint(size * 8, (), generator=generator))
-        damaged = bytearray(content)
-        damaged[position // 8] ^= 1 << position % 8
-        saved.write_bytes(damaged)
-        for read in (checkpoint.load, checkpoint.describe):
-            with pytest.raises(CheckpointError, match="expected"):
-                read(saved)
-    saved.write_bytes(content)
+    assert not unnoticed(saved, flipped_bits(saved.read_bytes(), trials))
     checkpoint.load(saved)
 
 
 def test_every_truncation_and_extension_is_found(saved):
     content = saved.read_bytes()
-    lengths = [*range(12), *range(12, len(content), max(1, len(content) // 150)), len(content) - 1]
-    for length in lengths:
-        saved.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match="expected"):
-            checkpoint.load(saved)
+    assert not unnoticed(saved, truncations(content, 160))
     for more in (b"\0", b"x" * 100):
         saved.write_bytes(content + more)
         with pytest.raises(CheckpointError, match="SHA-256"):
             checkpoint.load(saved)
 
 
+def test_a_file_that_passes_is_counted(saved):
+    assert unnoticed(saved, [b"", saved.read_bytes(), saved.read_bytes()[:-1]]) == [1]
+
+
 def test_what_is_no_checkpoint_is_refused_without_side_effects(tmp_path):
-    trap = tmp_path / "executed"
-
-    class Trap:
-        def __reduce__(self):
-            return (os.system, (f"touch {trap}",))
-
-    (tmp_path / "folder").mkdir()
-    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "foreign", {"format": "pt"})
-    torch.save(Trap(), tmp_path / "torch")
-    contents = {
-        "pickle": pickle.dumps(Trap()),
-        "empty": b"",
-        "text": b"hello, this is no checkpoint at all",
-        "huge header": (2**63 - 1).to_bytes(8, "little") + b"{}",
-        "long header": (10**12).to_bytes(8, "little") + b"{" * 100,
-        "zeros": bytes(1000),
-        "deep": (100_000).to_bytes(8, "little") + b"[" * 100_000,
-        "zip": b"PK\x03\x04" + bytes(100),
-    }
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
+    files = foreign_files(tmp_path)
     before = sorted(tmp_path.iterdir())
-    for name in [*contents, "folder", "foreign", "torch", "missing", "no/such/folder"]:
-        with pytest.raises(CheckpointError, match=f"{name}: expected"):
-            checkpoint.load(tmp_path / name)
-    assert sorted(tmp_path.iterdir()) == before and not trap.exists()
+    for file in files:
+        with pytest.raises(CheckpointError, match=f"{file.name}: expected"):
+            checkpoint.load(file)
+    assert sorted(tmp_path.iterdir()) == before and not (tmp_path / "executed").exists()
 
 
-def _rename(description, tensors):
-    for key in list(tensors):
-        tensors[f"{key.split('.')[0]}.module.{key.partition('.')[2]}"] = tensors.pop(key)
-
-
-def _drop_one(description, tensors):
-    tensors.pop("ema.out.bias")
-
-
-def _add_one(description, tensors):
-    tensors["ema.extra"] = torch.ones(1)
-
-
-def _nan(description, tensors):
-    tensors["ema.out.weight"][0, 0] = float("nan")
-
-
-def _wrong_shape(description, tensors):
-    tensors["ema.out.bias"] = torch.ones(4)
-
-
-def _set(*path_and_value):
-    *path, value = path_and_value
-
-    def change(description, tensors):
-        place = description
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
-
-    return change
-
-
-HOSTILE = {
-    "renamed keys": (_rename, "missing .* not expected module"),
-    "a key dropped": (_drop_one, "missing out.bias"),
-    "a key added": (_add_one, "not expected extra"),
-    "NaN weight": (_nan, "NaN or infinity in ema.out.weight"),
-    "wrong shape": (_wrong_shape, r"out.bias of shape \(3,\), found \(4,\)"),
-    "wider network": (_set("network", "config", "hidden", 16), "of shape"),
-    "deeper network": (_set("network", "config", "layers", 2), "missing layers.1"),
-    "enormous network": (_set("network", "config", "hidden", 10**7), "elements"),
-    "endless network": (_set("network", "config", "layers", 10**12), "elements"),
-    "enormous negative": (_set("network", "config", "hidden", -(10**7)), "elements"),
-    "unknown argument": (_set("network", "config", "surprise", 1), "surprise"),
-    "config of another type": (_set("network", "config", [1, 2]), "does not rebuild"),
-    "config text": (_set("network", "config", "hidden", "8; import os"), "does not rebuild"),
-    "another class": (_set("network", "class", "UNet"), "does not rebuild"),
-    "class from elsewhere": (_set("network", "class", "os.system"), "expected one of scoresde.networks"),
-    "dunder": (_set("network", "class", "__builtins__"), "expected one of scoresde.networks"),
-    "no class": (_set("network", {}), "does not rebuild"),
-    "unknown sde": (_set("sde", "class", "MySDE"), "does not rebuild"),
-    "wrong rates": (_set("sde", "schedule", "beta_max", -1.0), "does not rebuild"),
-    "unknown schedule": (_set("sde", "schedule", "class", "eval"), "does not rebuild"),
-    "learned without weights": (
-        _set("sde", "schedule", {"class": "Learned", "hidden": 10**12}),
-        "weights of the schedule",
-    ),
-    "unknown prediction": (_set("predicts", "name", "score2"), "does not rebuild"),
-    "bad preconditioning": (_set("predicts", {"name": "Karras", "sigma_data": -1.0}), "does not rebuild"),
-    "unknown time": (_set("time_input", "clock"), "does not rebuild"),
-    "unknown dtype": (_set("dtype", "nn"), "does not rebuild"),
-    "newer version": (_set("version", 2), "version 1, found version 2"),
-    "list": (lambda description, tensors: [1], "found version None"),
-    "incomplete": (lambda description, tensors: {"version": 1}, "found none of"),
-}
+def test_fuzzed_headers_end_in_an_error_of_ours_or_in_a_good_model(saved):
+    outcomes = set()
+    for content in fuzzed_headers(saved.read_bytes(), 1000):
+        saved.write_bytes(content)
+        try:
+            checkpoint.load(saved)
+            outcomes.add("loaded")
+        except CheckpointError as error:
+            outcomes.add("signature" if "SHA-256" in str(error) else "content")
+    assert {"signature", "content"} <= outcomes
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -387,62 +274,13 @@ def test_nan_is_not_saved_and_does_not_replace_the_good_file(saved):
 
 # ---- crashes
 
-SAVER = """
-    import sys, torch
-    from scoresde import checkpoint
-    from scoresde.denoiser import Denoiser
-    from scoresde.networks import MLP
-    from scoresde.sde import VPSDE
-    model = Denoiser(MLP(3, hidden=200, layers=3), VPSDE())
-"""
-
-
-def run_saver(script: str, *arguments: object) -> str:
-    """What the script prints, run by another process after SAVER."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = textwrap.dedent(SAVER) + textwrap.dedent(script)
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=300
-    ).stdout
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 is POSIX")
 @pytest.mark.parametrize("trials", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_kill_9_while_saving_leaves_the_newest_file_or_the_one_before(tmp_path, trials):
-    """A child that saves without end says which save has ended, and is killed; the file holds that one or the
-    next.
-    """
     path = tmp_path / "model.safetensors"
-    out = run_saver(
-        """
-        import os, signal, time
-        path, trials = sys.argv[1], int(sys.argv[2])
-        for trial in range(trials):
-            said, say = os.pipe()
-            child = os.fork()
-            if child == 0:
-                for step in range(10**9):
-                    with torch.no_grad():
-                        model.network.out.bias.fill_(step)
-                    checkpoint.save(path, model, metadata={"step": step})
-                    os.write(say, b"%d " % step)
-            os.close(say)
-            said = os.fdopen(said)
-            said.read(2)
-            time.sleep(0.05 * torch.rand(()).item())
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            last = int(("0 " + said.read()).split()[-1])
-            loaded, step = checkpoint.load(path), checkpoint.describe(path)["metadata"]["step"]
-            good = step in (last, last + 1) and bool((loaded.network.out.bias == step).all())
-            print(good, len(os.listdir(os.path.dirname(path))))
-        """,
-        path,
-        trials,
-    ).split()
-    assert out[::2] == ["True"] * trials
-    assert set(out[1::2]) <= {"1", "2"}  # never more than one temporary file
+    good, files = kill_9(path, trials)
+    assert good == trials and files <= 2  # never more than one temporary file
     checkpoint.save(path, random_model())
     assert os.listdir(tmp_path) == [path.name]
 
@@ -478,19 +316,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
     path = tmp_path / "model.safetensors"
     checkpoint.save(path, random_model())
     content = path.read_bytes()
-    out = run_saver(
-        """
-        import resource
-        for limit in (0, 7, 500, 1000, 4096, 10_000, 100_000, 500_000):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            try:
-                checkpoint.save(sys.argv[1], model)
-            except checkpoint.CheckpointError as error:
-                print(error)
-        """,
-        path,
-    )
-    lines = out.splitlines()
+    lines = full_disk(path, (0, 7, 500, 1000, 4096, 10_000, 100_000, 500_000))
     assert len(lines) == 8
     assert all(
         "File too large" in line and "unchanged" in line and "Free some space" in line for line in lines

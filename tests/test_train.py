@@ -17,46 +17,18 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.damage import LABELS, X, differing, losses_of, new_fit, new_model, stopped_and_resumed
 from scoresde import checkpoint, losses, train
 from scoresde.checkpoint import CheckpointError
 from scoresde.denoiser import Denoiser
-from scoresde.networks import MLP, UNet
+from scoresde.networks import UNet
 from scoresde.sde import VPSDE
 
 ROOT = Path(__file__).resolve().parents[1]
-X = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
-LABELS = torch.arange(50) % 3
-
-
-def new_model(dropout: float = 0.2, dtype: torch.dtype = torch.float32, classes: int | None = 3) -> Denoiser:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        network = MLP(2, hidden=16, layers=1, dropout=dropout, classes=classes)
-        with torch.no_grad():
-            for p in network.parameters():
-                p.add_(0.1 * torch.randn(p.shape))
-    return Denoiser(network, VPSDE(), "velocity").to(dtype)
-
-
-def new_fit(model: Denoiser | None = None, data=None, **options) -> train.Run:
-    defaults = {"steps": 40, "batch_size": 16, "every": 4, "warmup": 5, "cosine": True, "label_dropout": 0.3}
-    data = (X.float(), LABELS) if data is None else data
-    return train.fit(new_model() if model is None else model, data, **{**defaults, **options})
-
-
-def everything(run: train.Run) -> dict[str, torch.Tensor]:
-    """All that a run is made of."""
-    tensors, values = run.state()
-    state = {**tensors, **run.model.state_dict(prefix="model."), **run.ema.state_dict(prefix="ema.")}
-    exact = {k: v for k, v in values.items() if isinstance(v, int)}
-    return {k: v.clone() for k, v in {**state, **{k: torch.tensor(v) for k, v in exact.items()}}.items()}
 
 
 def assert_same(a: train.Run, b: train.Run) -> None:
-    first, second = everything(a), everything(b)
-    assert first.keys() == second.keys()
-    differ = [k for k in first if first[k].dtype != second[k].dtype or not torch.equal(first[k], second[k])]
-    assert not differ
+    assert not differing(a, b)
 
 
 class Broken(nn.Module):
@@ -252,25 +224,19 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, trials):
     generator = torch.Generator().manual_seed(trials)
     whole = new_fit(log=tmp_path / "whole")
     list(whole)
-    traces = [json.loads(line)["loss"] for line in (tmp_path / "whole").read_text().splitlines()]
-    assert len(traces) == 10
+    assert len(losses_of(tmp_path / "whole")) == 10
     for trial in range(trials):
-        log, path = tmp_path / f"log{trial}", tmp_path / f"run{trial}"
         stops = torch.randint(1, 39, (2,), generator=generator).sort().values.tolist()
-        run = new_fit(log=log)
-        for stop in stops:
-            while run.step < stop:
-                with run._training_mode():  # stops in the middle between records, as an interrupt does
-                    run._train_step()
-                if run._at_record():
-                    loss = run._mean_loss()
-                    run.output.record(run, train.Progress(run.step, 40, loss, 0.0, 0.0, 0.0))
-            run.save(path)
-            torch.randn(trial + 1)
-            run = new_fit(new_model(), resume=path, log=log)
-        list(run)
-        assert_same(run, whole)
-        assert [json.loads(line)["loss"] for line in log.read_text().splitlines()] == traces
+        log = tmp_path / f"log{trial}"
+        assert_same(stopped_and_resumed(tmp_path, stops, log), whole)
+        assert losses_of(log) == losses_of(tmp_path / "whole")
+
+
+def test_runs_that_differ_are_told_apart(tmp_path):
+    whole, other = new_fit(), new_fit(seed=1)
+    list(whole), list(other)
+    assert {"clock", "noise", "step"} - set(differing(whole, other)) == {"step"}
+    assert "step" in differing(whole, new_fit())
 
 
 def test_resuming_twice_from_one_file_and_going_on_in_place_are_the_same(tmp_path):
