@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import math
 import sys
 import types
 import warnings
@@ -26,13 +27,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from scoresde.denoiser import BaseDenoiser
+from scoresde.schedules import Time, wide
 from scoresde.sde import LinearSDE
+from scoresde.solvers import torchsde_solver
 
 LIBRARIES = {
     "diffusers": "diffusers",
     "k-diffusion": "k_diffusion",
     "azula": "azula",
     "torchdiffeq": "torchdiffeq",
+    "torchsde": "torchsde",
 }
 RECIPE = "make the environment that the head of benchmarks/peers.txt describes, and use its Python"
 
@@ -129,8 +134,26 @@ def _placeholder(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def k_diffusion(name: str, **options: Any) -> Peer:
-    """`sample_<name>`; `fast` is given the ends of the grid and its number of steps."""
+def one_path(noise: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Normals of a Brownian path in the noise level, as dpmpp_sde needs them: the increment over a step
+    contains the one over its first part."""
+    start, middle, first = math.nan, math.nan, torch.empty(0)
+
+    def increment(a: Tensor, b: Tensor) -> Tensor:
+        nonlocal start, middle, first
+        z = noise()
+        if float(a) != start:
+            start, middle, first = float(a), float(b), z
+            return z
+        part, whole = start - middle, start - float(b)
+        return (part / whole) ** 0.5 * first + (1 - part / whole) ** 0.5 * z
+
+    return increment
+
+
+def k_diffusion(name: str, path: bool = False, **options: Any) -> Peer:
+    """`sample_<name>`; `fast` is given the ends of the grid and its number of steps. path: the noise of a
+    step belongs to one Brownian path."""
 
     def run(task: Task, x: Tensor) -> Tensor:
         function = getattr(k_diffusion_sampling(), f"sample_{name}")
@@ -145,7 +168,7 @@ def k_diffusion(name: str, **options: Any) -> Peer:
 
         noise, more = task.source(), dict(options)
         if "ancestral" in name or "sde" in name:
-            more["noise_sampler"] = noise
+            more["noise_sampler"] = one_path(noise) if path else noise
         span: tuple = (levels,)
         if (
             name == "dpm_fast"
@@ -177,6 +200,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 TABLE_SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+NO_FINAL_SIGMA = ("DEISMultistepScheduler", "SASolverScheduler")
 
 
 def diffusers_scheduler(name: str, alpha: Tensor, sigma: Tensor, **config: Any) -> Any:
@@ -194,7 +218,7 @@ def diffusers_scheduler(name: str, alpha: Tensor, sigma: Tensor, **config: Any) 
         scheduler.alphas_cumprod = alpha[:-1].square().flip(0)
         scheduler.final_alpha_cumprod = scheduler.one = alpha[-1].square()
         return scheduler
-    last = {"final_sigmas_type": "sigma_min"} if name != "DEISMultistepScheduler" else {}
+    last = {"final_sigmas_type": "sigma_min"} if name not in NO_FINAL_SIGMA else {}
     scheduler = made(lower_order_final=False, **last, **config)
     scheduler.set_timesteps(n)
     scheduler.num_inference_steps = n
@@ -207,7 +231,9 @@ def diffusers(name: str, eta: float | None = None, **config: Any) -> Peer:
     """A scheduler's `step`, fed with predicted noise. eta: of DDIMScheduler."""
 
     def run(task: Task, x: Tensor) -> Tensor:
-        scheduler = diffusers_scheduler(name, task.alpha.to(x.device), task.sigma.to(x.device), **config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler = diffusers_scheduler(name, task.alpha.to(x.device), task.sigma.to(x.device), **config)
         module, noise = sys.modules[type(scheduler).__module__], task.source()
         alpha, sigma = task.alpha.to(x), task.sigma.to(x)
         patched = (
@@ -270,29 +296,149 @@ def azula(name: str, **options: Any) -> Peer:
     return run
 
 
-PEERS: dict[str, tuple[Peer, int]] = {  # the samplers that people use, with network calls per step
-    "k-diffusion euler": (k_diffusion("euler"), 1),
-    "k-diffusion heun": (k_diffusion("heun"), 2),
-    "k-diffusion dpm_2": (k_diffusion("dpm_2"), 2),
-    "k-diffusion lms": (k_diffusion("lms"), 1),
-    "k-diffusion dpmpp_2m": (k_diffusion("dpmpp_2m"), 1),
-    "k-diffusion dpm_fast": (k_diffusion("dpm_fast"), 1),
-    "k-diffusion euler_ancestral": (k_diffusion("euler_ancestral"), 1),
-    "k-diffusion dpmpp_2s_ancestral": (k_diffusion("dpmpp_2s_ancestral"), 2),
-    "k-diffusion dpmpp_sde": (k_diffusion("dpmpp_sde"), 2),
-    "k-diffusion dpmpp_2m_sde": (k_diffusion("dpmpp_2m_sde"), 1),
-    "k-diffusion dpmpp_3m_sde": (k_diffusion("dpmpp_3m_sde"), 1),
-    "diffusers DDIM": (diffusers("DDIMScheduler", eta=0.0), 1),
-    "diffusers DDPM": (diffusers("DDPMScheduler"), 1),
-    "diffusers PNDM": (diffusers("PNDMScheduler", skip_prk_steps=True), 1),
-    **{f"diffusers DEIS-{p}": (diffusers("DEISMultistepScheduler", solver_order=p), 1) for p in (2, 3)},
-    **{f"diffusers DPM++{p}M": (diffusers("DPMSolverMultistepScheduler", solver_order=p), 1) for p in (2, 3)},
-    **{f"diffusers UniPC-{p}": (diffusers("UniPCMultistepScheduler", solver_order=p), 1) for p in (2, 3)},
-    "azula Euler": (azula("EulerSampler"), 1),
-    "azula Heun": (azula("HeunSampler"), 2),
+# torchdiffeq: the probability flow in t
+
+
+def torchdiffeq(method: str, **options: Any) -> Peer:
+    """A fixed-step method of odeint, one step from node to node."""
+
+    def run(task: Task, x: Tensor) -> Tensor:
+        odeint = _import("torchdiffeq", "torchdiffeq").odeint
+        nodes = task.t.to(x.device)
+
+        def velocity(t: Tensor, y: Tensor) -> Tensor:
+            rate, g2 = task.sde.rates(t)
+            score = (task.sde.alpha(t) * task.denoise(y, t) - y) / task.sde.sigma(t) ** 2
+            return (rate * y - g2 / 2 * score).to(y)
+
+        control = {"grid_constructor": lambda f, y, t: nodes, **options}
+        return odeint(velocity, x, nodes[[0, -1]], method=method, options=control)[-1]
+
+    return run
+
+
+class _Given(BaseDenoiser):
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.sde, self.task = task.sde, task
+
+    def forward(self, x: Tensor, t: Time) -> Tensor:
+        return self.task.denoise(x, wide(t))
+
+
+def torchsde(method: str) -> Peer:
+    """A method of sdeint on the reverse SDE, one step from node to node, in the form in which it takes the
+    fewest calls."""
+
+    def run(task: Task, x: Tensor) -> Tensor:
+        noise = task.source() if task.noise is None else task.noise
+        solver = torchsde_solver(method)
+        return solver.solve(_Given(task), x, task.t, noise=lambda k, shape: noise(k)).x
+
+    return run
+
+
+@dataclass(frozen=True)
+class Public:
+    """A public sampler that takes `each` calls a step and `start` more."""
+
+    run: Peer
+    each: int = 1
+    start: int = 0
+
+    def steps_for(self, calls: int) -> int:
+        """The largest number of steps that takes at most `calls` calls, or less than 1."""
+        return (calls - self.start) // self.each
+
+
+ODE: dict[str, Public] = {  # the deterministic samplers that people use
+    "k-diffusion euler": Public(k_diffusion("euler")),
+    "k-diffusion heun": Public(k_diffusion("heun"), 2),
+    "k-diffusion dpm_2": Public(k_diffusion("dpm_2"), 2),
+    **{f"k-diffusion lms-{p}": Public(k_diffusion("lms", order=p)) for p in (2, 3, 4)},
+    "k-diffusion dpmpp_2m": Public(k_diffusion("dpmpp_2m")),
+    "k-diffusion dpmpp_3m": Public(k_diffusion("dpmpp_3m_sde", eta=0.0)),
+    "k-diffusion dpm_fast": Public(k_diffusion("dpm_fast")),
+    "diffusers DDIM": Public(diffusers("DDIMScheduler", eta=0.0)),
+    # its first step is taken twice
+    "diffusers PNDM": Public(diffusers("PNDMScheduler", skip_prk_steps=True), 1, 1),
+    **{f"diffusers DEIS-{p}": Public(diffusers("DEISMultistepScheduler", solver_order=p)) for p in (2, 3)},
     **{
-        f"azula {q}-{p}": (azula(f"{q}Sampler", order=p), 1)
-        for q in ("zAB", "vAB", "zEAB", "xEAB", "REAB")
+        f"diffusers DPM{plus}{p}M": Public(
+            diffusers("DPMSolverMultistepScheduler", solver_order=p, algorithm_type=f"dpmsolver{plus}")
+        )
         for p in (2, 3)
+        for plus in ("", "++")
+    },
+    **{
+        f"diffusers UniPC-{p} {rule}": Public(
+            diffusers("UniPCMultistepScheduler", solver_order=p, solver_type=rule)
+        )
+        for p in (1, 2, 3)
+        for rule in ("bh1", "bh2")
+    },
+    "azula Euler": Public(azula("EulerSampler")),
+    "azula Heun": Public(azula("HeunSampler"), 2),
+    **{
+        f"azula {q}-{p}": Public(azula(f"{q}Sampler", order=p))
+        for q in ("zAB", "vAB", "zEAB", "xEAB", "REAB")
+        for p in (2, 3, 4)
+    },
+    **{
+        f"torchdiffeq {method}": Public(torchdiffeq(method), each)
+        for method, each in (("euler", 1), ("midpoint", 2), ("heun2", 2), ("heun3", 3), ("rk4", 4))
+    },
+    # the first three steps are rk4's
+    "torchdiffeq explicit_adams": Public(torchdiffeq("explicit_adams", max_order=4), 1, 9),
+}
+ETAS = (1.0, 0.5, 0.1)  # noise levels: the eta of each library, from the reverse SDE towards the ODE
+
+SDE: dict[str, Public] = {  # the stochastic samplers that people use
+    **{
+        f"k-diffusion {name} eta={eta}": Public(k_diffusion(name.split()[0], path, eta=eta, **options), each)
+        for name, each, path, options in (
+            ("euler_ancestral", 1, False, {}),
+            ("dpm_2_ancestral", 2, False, {}),
+            ("dpmpp_2s_ancestral", 2, False, {}),
+            ("dpmpp_sde", 2, True, {}),
+            ("dpmpp_2m_sde midpoint", 1, False, {"solver_type": "midpoint"}),
+            ("dpmpp_2m_sde heun", 1, False, {"solver_type": "heun"}),
+            ("dpmpp_3m_sde", 1, False, {}),
+        )
+        for eta in ETAS
+    },
+    **{f"k-diffusion heun churn={c}": Public(k_diffusion("heun", s_churn=c), 2) for c in (1.0, 10.0)},
+    "diffusers DDPM": Public(diffusers("DDPMScheduler")),
+    **{f"diffusers DDIM eta={eta}": Public(diffusers("DDIMScheduler", eta=eta)) for eta in ETAS},
+    **{
+        f"diffusers SDE-DPM++{p}M": Public(
+            diffusers("DPMSolverMultistepScheduler", solver_order=p, algorithm_type="sde-dpmsolver++")
+        )
+        for p in (2, 3)
+    },
+    **{
+        f"diffusers SA-{p} tau={tau:.2g}": Public(
+            diffusers(
+                "SASolverScheduler",
+                predictor_order=p,
+                corrector_order=p,
+                tau_func=lambda t, tau=tau: torch.tensor(tau, dtype=torch.float64),
+            )
+        )
+        for p in (2, 3)
+        for tau in (math.sqrt(eta) for eta in ETAS)
+    },
+    "azula DDPM": Public(azula("DDPMSampler")),
+    **{f"azula DDIM eta={eta}": Public(azula("DDIMSampler", eta=eta)) for eta in ETAS},
+    **{f"azula Ito eta={eta}": Public(azula("ItoSampler", eta=eta)) for eta in ETAS},
+    **{
+        f"torchsde {method}": Public(torchsde(method), each, start)
+        for method, each, start in (
+            ("euler", 1, 0),
+            ("srk", 2, 0),
+            ("heun", 2, 0),
+            ("midpoint", 2, 0),
+            ("reversible_heun", 1, 1),
+        )
     },
 }

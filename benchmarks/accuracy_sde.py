@@ -1,0 +1,197 @@
+"""Error in law against network calls: our stochastic samplers and the public ones, where the denoiser is
+exact.
+
+    python -m benchmarks.accuracy_sde [--problems gaussian ring ...] [--calls 5 6 8 ...] [--quick]
+
+VP(0.1, 20), t from 1 to 1e-3, float64, started from the exact law of x_1, so that the law of the output
+should be that of x_t at 1e-3. Configurations (solver and grid) are chosen and scored by one rule for ours and
+theirs.
+
+gaussian   The error is the 2-Wasserstein distance of the exact law of the output, divided by the square root
+           of the dimension. Every sampler here is affine on Gaussian data, so one run on unit vectors of
+           noise gives its law; there is no floor. Chosen on one Gaussian, scored on another.
+others     The error is the sliced 2-Wasserstein distance over random directions, of a sample against the
+           expected order statistics of the law, whose floor is that of true samples of the same number. The
+           16 best of either side on the Gaussian are run on one set of noises, the best of these once on
+           another. Ratios are of what exceeds the floor in the square. All samplers get the same noises.
+
+The public libraries need the environment of benchmarks/peers.txt.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scoresde import solvers
+from scoresde.laws import Gaussian, Law
+
+from . import peers, problems
+from .accuracy import (
+    SDE,
+    SHORTLIST,
+    Configuration,
+    InBlocks,
+    Measure,
+    Run,
+    arguments,
+    board,
+    distinct,
+    ours,
+    summary,
+    theirs,
+    write,
+)
+from .peers import ETAS
+
+END = 1e-3
+SAMPLES = {"ring": (8192, 32768), "anisotropic": (1024, 4096), "subspace": (512, 2048)}
+DIRECTIONS, REPEATS, FLOOR = 64, 32, 1e-12
+
+DEFAULT: Configuration = repr(solvers.exponential(3, corrector=4, tau=1.0)), "quadratic"
+
+
+class Distance(NamedTuple):
+    """Between the law of the output and the true one; and what true samples would have."""
+
+    error: float
+    floor: float = 0.0
+
+    def rank(self, tolerated: float = 0.0) -> float:
+        return self.error
+
+
+@cache
+def candidates() -> tuple[solvers.TableSolver, ...]:
+    """Our stochastic solvers."""
+    listed = [s for s in solvers.examples().values() if isinstance(s, solvers.TableSolver)]
+    presets = [
+        *(solvers.ddim(eta) for eta in ETAS),
+        *(solvers.sde_dpmpp(p, eta, single) for p, single in ((1, False), (2, True)) for eta in ETAS),
+    ]
+    family = [
+        solvers.exponential(p, corrector=c, stored=stored, variable=variable, tau=math.sqrt(eta))
+        for p, c in ((1, 2), *((p, c) for p in (2, 3, 4) for c in (0, p + 1)))
+        for stored in ("data", "flow", "noise")
+        for variable in ("lam", "sigma", "t")
+        for eta in ETAS
+    ]
+    return distinct([*(s for s in listed if s.card.stochastic), *presets, *family])
+
+
+def exact(run: Run, law: Gaussian, calls: int) -> Distance | None:
+    """The distance of the output's exact law for a law with diagonal covariance. Rows of the state: constant,
+    initial state, then the noises."""
+    start, target = law.marginal(SDE, 1.0), law.marginal(SDE, END)
+    x = torch.zeros(calls + 2, law.dim, dtype=torch.float64)
+    x[1] = 1
+
+    def unit(k: int) -> Tensor:
+        if k >= calls:
+            raise RuntimeError(f"expected at most one noise for each of {calls} calls, found number {k}")
+        z = torch.zeros_like(x)
+        z[2 + k] = 1
+        return z
+
+    form = run.solve(law.denoiser(SDE), x, calls, unit)
+    if form is None:
+        return None
+    constant, slope, noise = form[0], form[1] - form[0], form[2:] - form[0]
+    mean = constant + slope * start.mean
+    std = (slope**2 * start.variance + noise.square().sum(0)).sqrt()
+    squares = (mean - target.mean).square() + (std - target.variance.sqrt()).square()
+    error = squares.mean().sqrt().item()
+    return Distance(max(error, FLOOR) if math.isfinite(error) else math.inf)
+
+
+def in_eigenbasis(law: Gaussian) -> Gaussian:
+    """Samplers do not see rotations."""
+    basis, values = law.eigen()
+    return Gaussian(law.mean if basis is None else basis.T @ law.mean, values)
+
+
+def on_gaussian() -> Measure:
+    laws = {
+        stage: in_eigenbasis(problems.gaussian(seed=seed)) for stage, seed in (("choose", 0), ("report", 1))
+    }
+    known: dict[tuple[Run, int, str], Distance | None] = {}
+
+    def measure(run: Run, calls: int, stage: str) -> Distance | None:
+        key = run, calls, "choose" if stage == "screen" else stage
+        if key not in known:
+            known[key] = exact(run, laws[key[2]], calls)
+        return known[key]
+
+    return measure
+
+
+class Sliced:
+    """The sliced 2-Wasserstein distance to a law, of n samples: along random directions, against the expected
+    order statistics of n samples."""
+
+    def __init__(self, law: Law, n: int, generator: torch.Generator) -> None:
+        directions = torch.randn(law.dim, DIRECTIONS, generator=generator, dtype=torch.float64)
+        self.directions = directions / directions.norm(dim=0)
+        self.expected = torch.zeros(n, DIRECTIONS, dtype=torch.float64)
+        for _ in range(REPEATS):
+            self.expected += self._ordered(law.sample(n, generator=generator)) / REPEATS
+        fresh = [self(law.sample(n, generator=generator)) ** 2 for _ in range(4)]
+        self.floor = math.sqrt(sum(fresh) / len(fresh))
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        return (x @ self.directions).sort(0).values
+
+    def __call__(self, x: Tensor) -> float:
+        error = (self._ordered(x) - self.expected).square().mean().sqrt().item()
+        return error if math.isfinite(error) else math.inf
+
+
+def on_samples(name: str, quick: bool, screen: Measure) -> Measure:
+    law = problems.problem(name)
+    model = InBlocks(law.denoiser(SDE))
+    target = law.marginal(SDE, END)
+    sets = {}
+    for stage, n in zip(("choose", "report"), SAMPLES[name], strict=True):
+        count, generator = (n // 8 if quick else n), torch.Generator().manual_seed(len(sets))
+        x = law.marginal(SDE, 1.0).sample(count, generator=generator)
+        sets[stage] = x, Sliced(target, count, generator)
+
+    def measure(run: Run, calls: int, stage: str) -> Distance | None:
+        if stage == "screen":
+            return screen(run, calls, stage)
+        x, distance = sets[stage]
+
+        def noise(k: int) -> Tensor:
+            seed = 2 * k + (stage == "choose")
+            return torch.randn(x.shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=x.dtype)
+
+        found = run.solve(model, x, calls, noise)
+        return None if found is None else Distance(distance(found), distance.floor)
+
+    return measure
+
+
+LEGEND = (
+    "Cells: 2-Wasserstein distance of the output's exact law, over the root of the dimension (gaussian), or "
+    "sliced 2-Wasserstein distance of samples (others). Ratios are of what exceeds the floor in the square; "
+    '"at the floor": theirs exceeds it by less than half of it.'
+)
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    runs = [*ours(candidates()), *theirs(peers.SDE)]
+    law, boards = on_gaussian(), []
+    for name in args.problems:
+        measure = law if name == "gaussian" else on_samples(name, args.quick, law)
+        boards.append(board(name, runs, args.calls, measure, DEFAULT, SHORTLIST))
+    text = summary(boards, DEFAULT, LEGEND)
+    write(boards, args.out, "accuracy_sde", text, "2-Wasserstein distance of the output's law")
+
+
+if __name__ == "__main__":
+    main()
