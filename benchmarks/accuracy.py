@@ -44,10 +44,8 @@ SCREEN, SHORTLIST, HOPELESS = 64, 16, 8.0
 SDE = VPSDE()
 FLIP, FLOOR = 0.3, 1e-12
 Configuration = tuple[str, str]
-DEFAULT: Configuration = (
-    repr(solvers.exponential(3, corrector=4, stored="flow", variable="sigma")),
-    "power 2.5",
-)
+OURS = solvers.exponential(3, corrector=4, stored="flow", variable="sigma")
+DEFAULT: Configuration = repr(OURS), "power 2.5"
 GOAL = {5: 1.0, 6: 1.0, 8: 0.9, 10: 0.9, 15: 0.8, 20: 0.8, 30: 0.5, 50: 0.5}
 DEFAULT_GOAL = 1.2
 RESULTS = Path(__file__).parent / "results"
