@@ -108,8 +108,7 @@ def score(found: Tensor, reference: Tensor) -> Score:
     return Score(max(rms, FLOOR), (each > FLIP).double().mean().item(), max(each.median().item(), FLOOR))
 
 
-@cache
-def candidates() -> tuple[solvers.TableSolver, ...]:
+def candidates() -> list[solvers.TableSolver]:
     """Our deterministic solvers."""
     listed = [s for s in solvers.examples().values() if isinstance(s, solvers.TableSolver)]
     family = [
@@ -118,10 +117,10 @@ def candidates() -> tuple[solvers.TableSolver, ...]:
         for stored in ("data", "noise", "flow", "velocity")
         for variable in ("sigma", "t", "lam", "sigma/alpha")
     ]
-    return distinct([OURS, *(s for s in listed if not s.card.stochastic), *family])
+    return [OURS, *(s for s in listed if not s.card.stochastic), *family]
 
 
-def distinct(listed: Iterable[solvers.TableSolver]) -> tuple[solvers.TableSolver, ...]:
+def distinct(listed: Iterable[solvers.TableSolver]) -> list[solvers.TableSolver]:
     """The first of those whose tables have one canonical form to 1e-10."""
     grid = grids.power(SDE, 9, exponent=2.3)
     kept: list[tuple[solvers.TableSolver, Tensor]] = []
@@ -130,7 +129,7 @@ def distinct(listed: Iterable[solvers.TableSolver]) -> tuple[solvers.TableSolver
         numbers = torch.cat([form.times, form.a, form.B.flatten(), form.C.abs().flatten()])
         if not any(len(n) == len(numbers) and torch.allclose(n, numbers, 0, 1e-10) for _, n in kept):
             kept.append((solver, numbers))
-    return tuple(solver for solver, _ in kept)
+    return [solver for solver, _ in kept]
 
 
 def ours(listed: Iterable[solvers.TableSolver]) -> Iterator[Run]:
@@ -205,13 +204,15 @@ def deterministic(name: str, quick: bool) -> Measure:
     """How a configuration is scored: the distance to the reference, on the noises of each stage."""
     model = InBlocks(problem(name).denoiser(SDE))
     choose, report = noises(name, quick)
-    sets = {"choose": (choose, reference(model, choose)), "report": (report, reference(model, report))}
-    sets["screen"] = tuple(part[:SCREEN] for part in sets["choose"])
+    sets = {"screen": choose[:SCREEN], "choose": choose, "report": report}
+
+    @cache
+    def wanted(stage: str) -> Tensor:
+        return reference(model, sets[stage])
 
     def measure(run: Run, calls: int, stage: str) -> Score | None:
-        x, wanted = sets[stage]
-        found = run.solve(model, x, calls, None)
-        return None if found is None else score(found, wanted)
+        found = run.solve(model, sets[stage], calls, None)
+        return None if found is None else score(found, wanted(stage))
 
     return measure
 
@@ -223,7 +224,7 @@ def board(
     name: str, runs: list[Run], calls: Iterable[int], measure: Measure, default: Configuration, shortlist: int
 ) -> dict[str, Any]:
     """One problem: the score of every configuration where they are chosen, and where they are reported that
-    of the chosen ones of both sides and of the default."""
+    of the chosen ones of both sides and of the default ("first": their error where they are screened)."""
     tried: dict[Run, dict[int, Any]] = {run: {} for run in runs}
     fixed = [run for run in runs if (run.solver, run.grid) == default]
     alive, rows = {side: [run for run in runs if run.side == side] for side in SIDES}, []
@@ -243,7 +244,8 @@ def board(
         row: dict[str, Any] = {"calls": n}
         for side, run in chosen.items():
             if (found := measure(run, n, "report")) is not None:
-                row[side] = {"solver": run.solver, "grid": run.grid, **found._asdict()}
+                first = measure(run, n, "screen").error
+                row[side] = {"solver": run.solver, "grid": run.grid, **found._asdict(), "first": first}
         rows.append(row)
         print(_line(name, row), flush=True)
     return {"problem": name, "rows": rows, "all": _everything(tried, list(calls))}
@@ -424,7 +426,7 @@ LEGEND = "Cells: root mean square distance to the exact solution, without flips 
 
 def main() -> None:
     args = arguments(__doc__)
-    runs = [*ours(candidates()), *theirs(peers.ODE)]
+    runs = [*ours(distinct(candidates())), *theirs(peers.ODE)]
     boards = [
         board(name, runs, args.calls, deterministic(name, args.quick), DEFAULT, SHORTLIST)
         for name in args.problems

@@ -21,7 +21,6 @@ The public libraries need the environment of benchmarks/peers.txt.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -65,8 +64,7 @@ class Distance(NamedTuple):
         return self.error
 
 
-@cache
-def candidates() -> tuple[solvers.TableSolver, ...]:
+def candidates() -> list[solvers.TableSolver]:
     """Our stochastic solvers."""
     listed = [s for s in solvers.examples().values() if isinstance(s, solvers.TableSolver)]
     presets = [
@@ -80,7 +78,7 @@ def candidates() -> tuple[solvers.TableSolver, ...]:
         for variable in ("lam", "sigma", "t")
         for eta in ETAS
     ]
-    return distinct([*(s for s in listed if s.card.stochastic), *presets, *family])
+    return [*(s for s in listed if s.card.stochastic), *presets, *family]
 
 
 def exact(run: Run, law: Gaussian, calls: int) -> Distance | None:
@@ -184,7 +182,7 @@ LEGEND = (
 
 def main() -> None:
     args = arguments(__doc__)
-    runs = [*ours(candidates()), *theirs(peers.SDE)]
+    runs = [*ours(distinct(candidates())), *theirs(peers.SDE)]
     law, boards = on_gaussian(), []
     for name in args.problems:
         measure = law if name == "gaussian" else on_samples(name, args.quick, law)

@@ -54,9 +54,10 @@ def engine_of(log_w: Tensor, means: Tensor, spectrum: Spectrum) -> Engine:
     columns = (means - centre).mT
     if spectrum.basis is not None:
         columns = torch.cat((columns, spectrum.basis.transpose(0, 1).reshape(D, K * rank)), dim=1)
-    # Modes that share directions leave fewer than they have columns.
+    # Modes that share directions span fewer than they have; equal means alone span none.
     frame, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
-    frame = frame[:, sizes > D * torch.finfo(sizes.dtype).eps * sizes[0]]
+    spanned = sizes > D * torch.finfo(sizes.dtype).eps * sizes[0]
+    frame = frame[:, : max(1, int(spanned.sum()))]
     basis = None if spectrum.basis is None else frame.mT @ spectrum.basis
     inside = Spectrum(frame.shape[1], spectrum.values, basis, spectrum.floor)
     return Reduced(_inner(log_w, (means - centre) @ frame, inside), frame, centre, floor, same)

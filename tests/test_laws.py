@@ -156,6 +156,30 @@ def test_all_kinds_agree_on_one_law(device) -> None:
             near(model.log_prob(x, t), models[0].log_prob(x, t).cpu(), 1e-13)
 
 
+@pytest.mark.parametrize(("shared", "width"), [(3, 3), (0, 1)])
+def test_modes_that_share_directions_leave_a_narrow_frame(shared, width, device) -> None:
+    d, k = 40, 4
+    draw = torch.Generator().manual_seed(0)
+    common = torch.randn(d, 3, generator=draw).to(device, torch.float64)
+    means = torch.randn(k, 3, generator=draw).to(device, torch.float64) @ common.mT
+    v = torch.linspace(0.1, 2, k, dtype=torch.float64, device=device)
+    w, sde = torch.full((k,), 1 / k), VPSDE()
+    if shared:
+        factor = common @ torch.randn(k, 3, 2, generator=draw).to(device, torch.float64)
+        law = Mixture(w, means, LowRank(v, factor))
+        cov = v[:, None, None] * torch.eye(d, device=device) + factor @ factor.mT
+    else:
+        law = Mixture(w, 0 * means, v)
+        cov = v[:, None, None] * torch.eye(d, device=device)
+    engine, dense = law._engine(), Mixture(w, law.means, cov).denoiser(sde)
+    assert isinstance(engine, Reduced) and engine.frame.shape == (d, width)
+    x = torch.randn(7, d, generator=draw).to(device, torch.float64)
+    for t in (1e-3, 0.2, 1.0):
+        near(law.denoiser(sde)(x, t), dense(x, t).cpu(), 1e-12)
+        near(law.denoiser(sde).score(x, t), dense.score(x, t).cpu(), 1e-12)
+        near(law.denoiser(sde).log_prob(x, t), dense.log_prob(x, t).cpu(), 1e-12)
+
+
 # Tweedie, the views and Fokker-Planck
 
 
