@@ -107,8 +107,19 @@ def view(target: Prediction, source: Prediction, alpha: Tensor, sigma: Tensor) -
     return torch.where(proportional, 0, a), b
 
 
+def checked(out: Any, x: Tensor) -> Tensor:
+    """What a model returned for a state like `x`, in the dtype of x. Raises ValueError for another shape."""
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"expected the model to return its input's {tuple(x.shape)}, found {found}")
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
 class Rows(NamedTuple):
-    """A denoiser prepared for a solver's times: `D(x, t_k) = a_k x + b_k evaluate(x, k)`, a, b floats."""
+    """A denoiser prepared for a solver's times: `D(x, t_k) = a_k x + b_k evaluate(x, k)`, a, b floats.
+
+    What `evaluate` returns is not `checked` yet.
+    """
 
     evaluate: Callable[[Tensor, int], Tensor]
     a: list[float]
@@ -243,15 +254,7 @@ class Denoiser(BaseDenoiser):
         """F in the dtype of x, from a network of any dtype."""
         dtype = self.dtype
         time = label.to(torch.promote_types(dtype, torch.float32)).expand(len(x))
-        return self._checked(self.network((x * c_in).to(dtype), time, **cond), x)
-
-    @staticmethod
-    def _checked(out: Any, x: Tensor) -> Tensor:
-        """What the network returned for a state like `x`, in its dtype."""
-        if not isinstance(out, Tensor) or out.shape != x.shape:
-            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"expected the network to return the input's {tuple(x.shape)}, found {found}")
-        return out if out.dtype == x.dtype else out.to(x.dtype)
+        return checked(self.network((x * c_in).to(dtype), time, **cond), x)
 
     def raw(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """The network's own output `F(c_in x, t)`, in the dtype of x."""
@@ -278,12 +281,13 @@ class Denoiser(BaseDenoiser):
         what = f"data from predicted {self.predicts.name}"
         a, b = determined(*view(DATA, self.predicts, alpha, sigma), times, what)
         c_in, dtype, network = self.predicts.c_in(alpha, sigma).tolist(), self.dtype, self.network
-        labels = self._label(times).to(x.device, torch.promote_types(dtype, torch.float32)).unbind()
+        labels = self._label(times).to(x.device, torch.promote_types(dtype, torch.float32))
+        labels = labels[:, None].expand(-1, len(x)).unbind()
 
         def evaluate(state: Tensor, k: int) -> Tensor:
             scaled = state if c_in[k] == 1 else state * c_in[k]
             scaled = scaled if scaled.dtype == dtype else scaled.to(dtype)
-            return self._checked(network(scaled, labels[k].expand(len(state)), **cond), state)
+            return network(scaled, labels[k], **cond)
 
         return Rows(evaluate, a.tolist(), b.tolist())
 

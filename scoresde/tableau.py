@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .denoiser import Rows
+from .denoiser import Rows, checked
 from .laws import Gaussian
 from .sde import LinearSDE
 
@@ -221,33 +221,74 @@ def run(
     No host-device traffic, no branch on device values. `before(k, x, F)` sees each call's state and output,
     `after(x)` each new state; a state that it returns takes its place.
     """
-    return loop(coefficients(table, rows), rows.evaluate, x, noise, before=before, after=after)
+    return loop(coefficients(table, rows, x.dtype), rows.evaluate, x, noise, before=before, after=after)
+
+
+class Row(NamedTuple):
+    """A row as Python numbers, fused with a denoiser `D = a x + b F`:
+
+        x <- keep x + gain F + noise eps + what earlier rows have added in advance
+
+    `ahead` lists (j, c, d): c x + d F is what this row adds, in advance, to the state after the j-th row from
+    here.
+    """
+
+    keep: float
+    gain: float
+    noise: float
+    ahead: tuple[tuple[int, float, float], ...]
 
 
 class Coefficients(NamedTuple):
-    """A table, fused with a denoiser `D = a x + b F`, as Python numbers; lists with one entry for each row.
-
-    x <- keep x + gain F + sum_{j >= 1} mix_j m_{k-j} + noise eps,   m_k = skip x + out F if any row reads it
-    """
+    """What `loop` needs of a table: its name, how many rows ahead a row adds to, and the rows."""
 
     name: str
-    skip: list[float]
-    out: list[float]
-    keep: list[float]
-    gain: list[float]
-    mix: list[list[float]]
-    noise: list[float]
-    read: list[bool]
+    reach: int
+    rows: list[Row]
 
 
-def coefficients(table: Tableau, rows: Rows) -> Coefficients:
-    """What `loop` needs of a table."""
-    skip = [s + o * a for s, o, a in zip(table.skip.tolist(), table.out.tolist(), rows.a, strict=True)]
-    out = [o * b for o, b in zip(table.out.tolist(), rows.b, strict=True)]
-    mix = table.mix.tolist()
-    keep = [c + w[0] * s for c, w, s in zip(table.keep.tolist(), mix, skip, strict=True)]
-    gain = [w[0] * o for w, o in zip(mix, out, strict=True)]
-    return Coefficients(table.name, skip, out, keep, gain, mix, table.noise.tolist(), _reused(table.mix))
+def coefficients(table: Tableau, rows: Rows, dtype: torch.dtype) -> Coefficients:
+    """The table with `m_k = skip x + out D = c x + d F` put in, for states of a dtype."""
+    a, b = (torch.tensor(v, dtype=torch.float64) for v in (rows.a, rows.b))
+    on_x, on_F = table.skip + table.out * a, table.out * b
+    # later[j][k] is the weight that row k + j gives to m_k
+    later = [
+        torch.nn.functional.pad(column[j:], (0, min(j, len(column)))) for j, column in enumerate(table.mix.T)
+    ]
+    settled = _settled if dtype == torch.float32 else list
+    x_weights = [settled((weight * on_x).tolist()) for weight in later[1:]]
+    F_weights = [settled((weight * on_F).tolist()) for weight in later]
+    keep = settled((table.keep + later[0] * on_x).tolist())
+    lags = range(1, len(later))
+    made = [
+        Row(
+            keep[k],
+            F_weights[0][k],
+            noise,
+            tuple(
+                (j, x_weights[j - 1][k], F_weights[j][k])
+                for j in lags
+                if x_weights[j - 1][k] or F_weights[j][k]
+            ),
+        )
+        for k, noise in enumerate(table.noise.tolist())
+    ]
+    return Coefficients(table.name, len(later) - 1, made)
+
+
+def _settled(column: list[float]) -> list[float]:
+    """The numbers, rounded to the 24 bits of float32; what one loses the next one gets.
+
+    So their sums along a run are right to one rounding. Rounded one by one, a coefficient that hardly changes
+    is off by the same amount in every row, and a thousand such errors add up.
+    """
+    settled, carry = [], 0.0
+    for value in column:
+        wanted = value + carry if value else 0.0
+        split = wanted * (2**29 + 1.0)  # Veltkamp's splitting (Dekker 1971, doi 10.1007/BF01397083)
+        settled.append(split - (split - wanted))
+        carry = wanted - settled[-1] if value else carry
+    return settled
 
 
 def loop(
@@ -261,32 +302,30 @@ def loop(
 ) -> Tensor:
     """The part of `run` that works on tensors: what torch.compile traces as one graph, and a CUDA graph
     captures.
+
+    A row is added to the states it enters as soon as it is known (the transposed form of a linear filter),
+    so that no output is kept: a network may write the next one where this one is. The large term `keep x`
+    comes last, so that a state is rounded once a row.
     """
     if not x.is_floating_point():
         raise TypeError(f"expected a floating state, found {x.dtype}; scale integer images to floats first")
-    width = len(c.mix[0]) - 1
-    memory: list[Tensor | None] = []  # m_{k-1}, m_{k-2}, ...
-    for k in range(len(c.keep)):
-        F = evaluate(x, k)
-        if F.shape != x.shape:
-            raise ValueError(
-                f"expected the model to return shape {tuple(x.shape)}, like its input; found {tuple(F.shape)}"
-            )
+    zero = x.new_zeros(())
+    later = [zero] * (c.reach + 1)  # parts of the states after this row, the next one, ...
+    for k, row in enumerate(c.rows):
+        F = checked(evaluate(x, k), x)
         if before is not None:
             before(k, x, F)
-        fresh = (x * c.keep[k]).add_(F, alpha=c.gain[k])
-        for lag, m in enumerate(memory, 1):
-            if m is not None and c.mix[k][lag]:
-                fresh.add_(m, alpha=c.mix[k][lag])
-        if c.noise[k]:
+        fresh = _plus(later[0], F, row.gain, zero)
+        if row.noise:
             if noise is None:
                 raise ValueError(f"{c.name} is stochastic: expected a noise source, found None")
-            fresh.add_(noise(k, x.shape), alpha=c.noise[k])
-        if width:  # a copy: networks may write their next output where this one is
-            remembered = F * c.out[k] if c.read[k] else None
-            if remembered is not None and c.skip[k]:
-                remembered.add_(x, alpha=c.skip[k])
-            memory = [remembered, *memory[: width - 1]]
+            fresh.add_(noise(k, x.shape), alpha=row.noise)
+        fresh.add_(x, alpha=row.keep)
+        later = [*later[1:], zero]
+        for j, on_x, on_F in row.ahead:
+            later[j - 1] = part = _plus(later[j - 1], F, on_F, zero)
+            if on_x:
+                part.add_(x, alpha=on_x)
         x = fresh
         if after is not None:
             changed = after(x)
@@ -294,13 +333,9 @@ def loop(
     return x
 
 
-def _reused(mix: Tensor) -> list[bool]:
-    """Whether the output of each row is read by a later row."""
-    rows, width = mix.shape
-    lags = [
-        torch.nn.functional.pad(mix[j:, j] != 0, (0, min(j, rows))) for j in range(1, min(width, rows + 1))
-    ]
-    return torch.stack([*lags, torch.zeros(rows, dtype=torch.bool)]).any(0).tolist()
+def _plus(part: Tensor, F: Tensor, weight: float, zero: Tensor) -> Tensor:
+    """part + weight F, in place but for the shared zero, from which `add` is faster than a product."""
+    return part.add(F, alpha=weight) if part is zero else part.add_(F, alpha=weight)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def prepared(solver, device):
     table = solver.tableau(sde, grids.log_snr(sde, STEPS))
     x = torch.randn(3, 4, device=device)
     rows = model.rows(table.times[:-1], x)
-    return coefficients(table, rows), rows.evaluate, x, torch.randn(STEPS, 3, 4, device=device)
+    return coefficients(table, rows, x.dtype), rows.evaluate, x, torch.randn(STEPS, 3, 4, device=device)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)

@@ -482,7 +482,7 @@ def test_networks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None: 
         def forward(self, inputs, time):
             return torch.zeros(shape)
 
-    with pytest.raises(ValueError, match=r"expected the network to return the input's \(3, 2\), found \("):
+    with pytest.raises(ValueError, match=r"expected the model to return its input's \(3, 2\), found \("):
         Denoiser(Wrong(), VPSDE())(torch.zeros(3, 2), 0.5)
 
 

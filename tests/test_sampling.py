@@ -289,10 +289,10 @@ def test_states_are_float32_or_float64(wrong: torch.dtype) -> None:
     "name", [pytest.param(n, marks=() if n in SOME else pytest.mark.slow) for n in TABLES]
 )
 def test_float32_keeps_up_over_1000_steps(name: str, unchecked) -> None:
-    """Same normals, same coefficients: the difference to float64 is a random walk of roundings.
+    """Same normals, same coefficients: float32 stays within 2e-6 of float64 (root mean square, relative).
 
-    A row rounds about three times, each by up to 2^-24 of the state, so K rows leave a spread of about 2^-24
-    K^(1/2); the largest of 64 coordinates stays within four of them (7.5e-6 for a thousand rows).
+    A row rounds the state once, to about 2^-24 / 3^(1/2) of it, and roundings add up like a random walk:
+    about 1e-6 after a thousand rows; singlestep solvers have up to three, annealed Langevin five a step.
     """
     solver = TABLES[name]
     grid, model = grids.quadratic(VP, 1000), Normal()
@@ -300,13 +300,13 @@ def test_float32_keeps_up_over_1000_steps(name: str, unchecked) -> None:
     results = []
     for dtype in (torch.float64, torch.float32):
         noise = Noise.of(2, batch=1, dtype=dtype)
-        drawn = [noise(row, (1, 64)) for row in range(7)]
+        drawn = [noise(row, (1, 256)) for row in range(7)]
         once = execute(
-            table, model, noise.prior((1, 64)), noise=lambda k, shape, z=drawn: z[k % 7].roll(k // 7, 1)
+            table, model, noise.prior((1, 256)), noise=lambda k, shape, z=drawn: z[k % 7].roll(k // 7, 1)
         )
         results.append(once.x.double())
-    gap = float((results[0] - results[1]).abs().max() / results[0].abs().max())
-    assert gap < 4 * 2**-24 * math.sqrt(len(table))
+    gap = (results[0] - results[1]).square().mean().sqrt() / results[0].square().mean().sqrt()
+    assert float(gap) < 2e-6
 
 
 # Grids, ends, shapes, conditions
@@ -516,7 +516,7 @@ def test_not_a_number_is_named(value: float) -> None:
 def test_outputs_of_another_shape_do_not_broadcast(make) -> None:
     for solver in (solvers.ddim(), solvers.ddpm(), solvers.dpmpp(2)):
         model = Returns(lambda x, call: make(x))
-        with pytest.raises(ValueError, match=r"return shape \(2, 3, 4\), like its input; found"):
+        with pytest.raises(ValueError, match=r"its input's \(2, 3, 4\), found"):
             sample(model, (2, 3, 4), solver, steps=5)
         assert model.calls == 1
 

@@ -115,11 +115,49 @@ def test_run_is_the_canonical_form(table: Tableau, seed: int) -> None:
 
 
 @given(tables)
-def test_only_outputs_that_are_read_are_kept(table: Tableau) -> None:
+def test_a_row_adds_to_the_states_that_read_it_and_to_no_other(table: Tableau) -> None:
     K, H = table.mix.shape
-    read = [any(table.mix[k + j, j] != 0 for j in range(1, min(H, K - k))) for k in range(K)]
-    zeros = Rows(lambda x, k: x, [0.0] * K, [1.0] * K)
-    assert coefficients(table, zeros).read == read
+    readers = [[j for j in range(1, min(H, K - k)) if table.mix[k + j, j] != 0] for k in range(K)]
+    made = coefficients(table, Rows(lambda x, k: x, [0.0] * K, [1.0] * K), torch.float64)
+    used = [[j for j, _, _ in row.ahead] for row in made.rows]
+    moot = [table.skip[k] == 0 and table.out[k] == 0 for k in range(K)]
+    assert made.reach == H - 1 and used == [[] if moot[k] else readers[k] for k in range(K)]
+
+
+def test_a_network_may_write_every_output_into_one_tensor() -> None:
+    table = solvers.unipc(3).tableau(VPSDE(), grids.log_snr(VPSDE(), 7))
+    x, buffer, rows = (
+        torch.randn(2, 3, dtype=torch.float64),
+        torch.empty(2, 3, dtype=torch.float64),
+        len(table),
+    )
+
+    def fresh(state: torch.Tensor, k: int) -> torch.Tensor:
+        return (state + k).cos()
+
+    def reused(state: torch.Tensor, k: int) -> torch.Tensor:
+        return buffer.copy_(fresh(state, k))
+
+    one, other = (run(table, Rows(f, [0.2] * rows, [0.9] * rows), x, None) for f in (fresh, reused))
+    assert torch.equal(one, other)
+
+
+def test_coefficients_of_float32_states_add_up_to_one_rounding() -> None:
+    """Equal keeps of 0.9, whose float32 is off by 2.4e-8, are right on average; zeros stay zeros."""
+    K, zeros = 999, torch.zeros(999, dtype=torch.float64)
+    mix = (zeros + 0.1)[:, None]
+    times = torch.linspace(1, 0.5, K + 1, dtype=torch.float64)
+    table = Tableau(times, zeros, zeros + 1, zeros + 0.9, mix, zeros)
+    rows = Rows(lambda x, k: x, [0.0] * K, [1.0 if k % 3 else 0.0 for k in range(K)])
+    exact, rounded = (coefficients(table, rows, dtype).rows for dtype in (torch.float64, torch.float32))
+    for key, ulp in (("keep", 2.0**-24), ("gain", 2.0**-27)):
+        one, other = ([getattr(row, key) for row in made] for made in (exact, rounded))
+        assert other == torch.tensor(other, dtype=torch.float32).tolist()
+        assert all(v == 0 for v, w in zip(other, one, strict=True) if w == 0)
+        sums = torch.tensor(one, dtype=torch.float64).cumsum(0) - torch.tensor(
+            other, dtype=torch.float64
+        ).cumsum(0)
+        assert float(sums.abs().max()) <= 0.5 * ulp + 1e-12
 
 
 @pytest.mark.parametrize("name", SDES)

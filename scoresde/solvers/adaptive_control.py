@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..denoiser import DATA, BaseDenoiser, Conditioned, Prediction
+from ..denoiser import DATA, BaseDenoiser, Conditioned, Prediction, checked
 from ..schedules import check_numbers
 from ..tableau import Step
 from .base import Callback, Samples
@@ -131,11 +131,7 @@ class Ledger:
         """The model's `view` of the running samples x (n, ...) at their times t (n,), in the dtype of x."""
         self.calls += 1
         self.evaluations[self.active] += 1
-        out = self.model.as_view(view, x, t)
-        if out.shape != x.shape:
-            found = tuple(out.shape)
-            raise ValueError(f"expected the model to return its input's {tuple(x.shape)}, found {found}")
-        return out.to(x.dtype)
+        return checked(self.model.as_view(view, x, t), x)
 
     def run(
         self,
