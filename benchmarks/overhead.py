@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -331,15 +332,16 @@ def measure(cases: list[Case], clock: Clock, turns: int, least: float) -> None:
 
 
 def noise_costs(device: torch.device, clock: Clock, turns: int) -> list[dict[str, Any]]:
-    """Reproducible noise beside torch.randn and beside a call of the digits' U-Net."""
+    """Reproducible noise, row after row, beside torch.randn and beside a call of the digits' U-Net."""
     rows = []
     for batch in NOISE_BATCHES:
         for shape in ((batch, 1, 8, 8), (batch, 3, 32, 32)):
             noise = Noise.of(0, batch=batch, device=device, dtype=torch.float32)
             x, time_ = torch.randn(shape, device=device), torch.rand(batch, device=device)
             net = digits_unet(1).to(device).eval()
+            rows = count()
             runs: dict[str, Run] = {
-                "noise": lambda noise=noise, shape=shape: noise(3, shape),
+                "noise": lambda noise=noise, shape=shape, rows=rows: noise(next(rows), shape),
                 "randn": lambda x=x: torch.randn_like(x),
             }
             if shape[1] == 1:

@@ -27,7 +27,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -46,6 +46,9 @@ _RADIUS_BITS, _ANGLE_BITS = 40, 24
 
 # Pairs made at a time. On a CPU the temporaries then stay in its cache. No number depends on it.
 _BLOCK_CPU, _BLOCK = 2**17, 2**24
+
+# Normals of rows that are made ahead, at most. No number depends on it.
+_AHEAD = 2**16
 
 
 def _signed(n: int) -> int:
@@ -163,6 +166,22 @@ def _settle(self: object, **values: object) -> None:
         object.__setattr__(self, name, value)
 
 
+class _Rows(NamedTuple):
+    """Normals (n, B, ...) of the rows first, first + stride, ..., of one shape."""
+
+    first: int
+    stride: int
+    shape: tuple[int, ...]
+    normals: Tensor
+
+    def find(self, row: int, shape: Sequence[int]) -> Tensor | None:
+        """A copy of the row, if it is here."""
+        i, between = divmod(row - self.first, self.stride)
+        if between or not 0 <= i < len(self.normals) or self.shape != shape:
+            return None
+        return self.normals[i].clone()
+
+
 @dataclass(frozen=True, eq=False)
 class Noise:
     """Standard normals as a function of (seed, sample id, offset + row, element); see the head of the module.
@@ -184,6 +203,9 @@ class Noise:
     dtype: torch.dtype
     offset: int = 0
     _base: Tensor = field(init=False, repr=False)
+    _made: _Rows | None = field(
+        init=False, repr=False, default=None
+    )  # the last rows; no number depends on it
 
     def __post_init__(self) -> None:
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
@@ -224,7 +246,34 @@ class Noise:
         The row may be an int64 tensor of shape () or (B,) on the noise's device: a counter that lives there,
         or samples that are at different rows. It is not read back, so its range is the caller's care.
         """
-        return self._normals(self._row(row), shape)
+        if type(row) is int and self._made is not None:
+            found = self._made.find(self.offset + row, shape)
+            if found is not None:
+                return found
+        row, shape = self._row(row), _checked_shape(shape, len(self.ids))
+        if isinstance(row, Tensor) or _recording(self._base):
+            return self._normals(row, shape)
+        return self._ahead(row, shape)
+
+    def _ahead(self, row: int, shape: tuple[int, ...]) -> Tensor:
+        """A row, together with those that will be asked for next if the last two were two of a series.
+
+        A row by itself is some twenty-five small operations; a series is made in blocks, each four times as
+        long as the one before.
+        """
+        before, count, stride = self._made, 1, 1
+        if before is not None and before.shape == shape:
+            length = len(before.normals)
+            stride = before.stride if length > 1 else row - before.first
+            if stride > 0 and row == before.first + length * stride:
+                count = min(4 * length, _AHEAD // max(1, math.prod(shape)), (_ROWS - 1 - row) // stride + 1)
+        if count <= 1:
+            made = _Rows(row, 1, shape, self._normals(row, shape).unsqueeze(0))
+        else:
+            rows = torch.arange(count, dtype=torch.int64, device=self.device)[:, None] * stride + row
+            made = _Rows(row, stride, shape, self._normals(rows, shape))
+        _settle(self, _made=made)
+        return made.normals[0].clone()
 
     def words(self, row: int | Tensor, count: int) -> Int64[Tensor, "b count"]:
         """The words w_0 .. w_{count - 1} of a row, the integers that are equal on every device."""
@@ -236,7 +285,7 @@ class Noise:
 
     def prior(self, shape: Sequence[int]) -> Float[Tensor, "b ..."]:
         """Standard normals of `shape` (B, ...) from a stream that no row has, the same for every offset."""
-        return self._normals(_PRIOR_ROW, shape)
+        return self._normals(_PRIOR_ROW, _checked_shape(shape, len(self.ids)))
 
     def _row(self, row: int | Tensor) -> int | Tensor:
         if isinstance(row, Tensor):
@@ -248,13 +297,20 @@ class Noise:
             return row + self.offset
         return _integer(self.offset + _integer(row, "row", -_ROWS, _ROWS), "offset + row", 0, _ROWS)
 
-    def _normals(self, row: int | Tensor, shape: Sequence[int]) -> Tensor:
-        shape = _checked_shape(shape, len(self.ids))
+    def _normals(self, row: int | Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Normals of `shape` for a row, or of (n, *shape) for rows (n, 1)."""
+        many = isinstance(row, Tensor) and row.ndim == 2
+        keys = _stream_keys(self._base.unsqueeze(1) if many else self._base, row)
         elements = math.prod(shape[1:])
-        out = torch.empty(len(self.ids), (elements + 1) // 2, 2, dtype=self.dtype, device=self.device)
-        for pairs, even, odd in _normal_blocks(_stream_keys(self._base, row), elements):
-            out[:, pairs, 0], out[:, pairs, 1] = even, odd
-        return out.flatten(1)[:, :elements].reshape(shape).contiguous()
+        out = torch.empty(*keys.shape[1:], (elements + 1) // 2, 2, dtype=self.dtype, device=self.device)
+        for pairs, even, odd in _normal_blocks(keys, elements):
+            out[..., pairs, 0], out[..., pairs, 1] = even, odd
+        return out.flatten(-2)[..., :elements].reshape(*keys.shape[1:-1], *shape).contiguous()
+
+
+def _recording(x: Tensor) -> bool:
+    """Whether operations are recorded to be run again later: then nothing is kept from one to the next."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(frozen=True, eq=False)

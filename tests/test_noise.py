@@ -232,6 +232,46 @@ def test_blocks_do_not_show(monkeypatch, block):
     assert torch.equal(noise(1, (4, 25)), expected[0]) and torch.equal(path(0.7), expected[1])
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5), st.booleans()), min_size=1, max_size=8),
+    st.sampled_from([0, 7, 64, 2**16]),
+)
+def test_rows_made_ahead_do_not_show(series, ahead):
+    """Any rows in any order, in series of any stride, of changing shape, written over by the caller."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_AHEAD", ahead)
+        noise = Noise.of(3, [4, 9], offset=2)
+        for first, stride, wide in series:
+            for row in range(first, first + 6 * stride, stride):
+                shape = (2, 3) if wide else (2, 5)
+                z = noise(row, shape)
+                assert torch.equal(z, Noise.of(3, [4, 9])(row + 2, shape)) and z.is_contiguous()
+                z.zero_()
+
+
+def test_a_series_is_made_in_few_blocks(monkeypatch):
+    """1, 4, 16, ... rows at a time, up to the limit; rows by themselves are not made ahead."""
+    made, original = [], Noise._normals
+
+    def counted(self, row, shape):
+        made.append(len(row) if isinstance(row, torch.Tensor) else 1)
+        return original(self, row, shape)
+
+    monkeypatch.setattr(Noise, "_normals", counted)
+    monkeypatch.setattr(module, "_AHEAD", 8 * 6)
+    noise = Noise.of(0, batch=2)
+    for row in range(30):
+        noise(row, (2, 3))
+    assert made == [1, 4, 8, 8, 8, 8]
+    made.clear()
+    noise = Noise.of(0, batch=2)
+    for row in (9, 5, 3, 2, 1):
+        noise(row, (2, 3))
+    assert made == [1] * 5
+    last = Noise.of(0, batch=1, offset=2**63 - 4)  # the rows end here
+    assert len({float(last(row, (1, 1))) for row in range(4)}) == 4
+
+
 def test_threads_do_not_show():
     noise = Noise.of(3, batch=9)
     one = noise(1, (9, 3, 33, 31))
