@@ -246,14 +246,11 @@ class Noise:
         The row may be an int64 tensor of shape () or (B,) on the noise's device: a counter that lives there,
         or samples that are at different rows. It is not read back, so its range is the caller's care.
         """
-        if type(row) is int and self._made is not None:
-            found = self._made.find(self.offset + row, shape)
-            if found is not None:
-                return found
-        row, shape = self._row(row), _checked_shape(shape, len(self.ids))
         if isinstance(row, Tensor) or _recording(self._base):
-            return self._normals(row, shape)
-        return self._ahead(row, shape)
+            return self._normals(self._row(row), _checked_shape(shape, len(self.ids)))
+        made = self._made
+        found = made.find(self.offset + row, shape) if made is not None and type(row) is int else None
+        return self._ahead(self._row(row), _checked_shape(shape, len(self.ids))) if found is None else found
 
     def _ahead(self, row: int, shape: tuple[int, ...]) -> Tensor:
         """A row, together with those that will be asked for next if the last two were two of a series.
@@ -287,7 +284,8 @@ class Noise:
         """Standard normals of `shape` (B, ...) from a stream that no row has, the same for every offset."""
         return self._normals(_PRIOR_ROW, _checked_shape(shape, len(self.ids)))
 
-    def _row(self, row: int | Tensor) -> int | Tensor:
+    def _row(self, row: Any) -> Any:
+        """offset + row, checked."""
         if isinstance(row, Tensor):
             if row.dtype != torch.int64 or row.ndim > 1:
                 found = f"{row.dtype} of shape {tuple(row.shape)}"
