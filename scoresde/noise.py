@@ -166,20 +166,28 @@ def _settle(self: object, **values: object) -> None:
         object.__setattr__(self, name, value)
 
 
-class _Rows(NamedTuple):
-    """Normals (n, B, ...) of the rows first, first + stride, ..., of one shape."""
+class _Series(NamedTuple):
+    """The rows first, first + stride, ... of one shape that were made last: `normals` (count, B, ...), which
+    are kept if they are several."""
 
     first: int
     stride: int
+    count: int
     shape: tuple[int, ...]
-    normals: Tensor
+    normals: Tensor | None
 
     def find(self, row: int, shape: Sequence[int]) -> Tensor | None:
         """A copy of the row, if it is here."""
         i, between = divmod(row - self.first, self.stride)
-        if between or not 0 <= i < len(self.normals) or self.shape != shape:
+        if self.normals is None or between or not 0 <= i < self.count or self.shape != shape:
             return None
         return self.normals[i].clone()
+
+    def goes_on(self, row: int) -> int:
+        """The stride with which this row continues the series; 0 if it does not."""
+        if self.count == 1:
+            return max(0, row - self.first)
+        return self.stride if row == self.first + self.count * self.stride else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +211,7 @@ class Noise:
     dtype: torch.dtype
     offset: int = 0
     _base: Tensor = field(init=False, repr=False)
-    _made: _Rows | None = field(
+    _made: _Series | None = field(
         init=False, repr=False, default=None
     )  # the last rows; no number depends on it
 
@@ -258,19 +266,17 @@ class Noise:
         A row by itself is some twenty-five small operations; a series is made in blocks, each four times as
         long as the one before.
         """
-        before, count, stride = self._made, 1, 1
-        if before is not None and before.shape == shape:
-            length = len(before.normals)
-            stride = before.stride if length > 1 else row - before.first
-            if stride > 0 and row == before.first + length * stride:
-                count = min(4 * length, _AHEAD // max(1, math.prod(shape)), (_ROWS - 1 - row) // stride + 1)
+        made, count = self._made, 1
+        stride = made.goes_on(row) if made is not None and made.shape == shape else 0
+        if made is not None and stride:
+            count = min(4 * made.count, _AHEAD // max(1, math.prod(shape)), (_ROWS - 1 - row) // stride + 1)
         if count <= 1:
-            made = _Rows(row, 1, shape, self._normals(row, shape).unsqueeze(0))
-        else:
-            rows = torch.arange(count, dtype=torch.int64, device=self.device)[:, None] * stride + row
-            made = _Rows(row, stride, shape, self._normals(rows, shape))
-        _settle(self, _made=made)
-        return made.normals[0].clone()
+            _settle(self, _made=_Series(row, 1, 1, shape, None))
+            return self._normals(row, shape)
+        rows = torch.arange(count, dtype=torch.int64, device=self.device)[:, None] * stride + row
+        normals = self._normals(rows, shape)
+        _settle(self, _made=_Series(row, stride, count, shape, normals))
+        return normals[0].clone()
 
     def words(self, row: int | Tensor, count: int) -> Int64[Tensor, "b count"]:
         """The words w_0 .. w_{count - 1} of a row, the integers that are equal on every device."""
