@@ -33,30 +33,34 @@ from queue import SimpleQueue
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("scoresde", "tests", "benchmarks", "pyproject.toml", "README.md", "constraints.txt")
 
-# module -> files in which mistakes are planted, tests that should notice; patterns below the root
+PROCESS = ("schedules", "sde", "ddpm", "denoiser", "laws")
+SAMPLING = ("noise", "grids", "tableau", "sampling")
+OTHERS = ("losses", "metrics", "energy", "likelihood")
+PROPERTIES = {"process": "tests/test_properties_process.py", "solvers": "tests/test_properties_solvers.py"}
+
+# module -> files in which mistakes are planted, tests that should notice, first its own and then the properties;
+# patterns below the root
 MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    name: ((f"scoresde/{name}.py",), (f"tests/test_{name}*.py",))
-    for name in (
-        "schedules",
-        "sde",
-        "ddpm",
-        "laws",
-        "denoiser",
-        "noise",
-        "grids",
-        "tableau",
-        "sampling",
-        "losses",
-        "checkpoint",
-        "metrics",
-        "langevin",
-    )
-} | {
-    "solvers": (("scoresde/solvers/*.py",), ("tests/test_solvers*.py",)),
+    **{
+        name: ((f"scoresde/{name}.py",), (f"tests/test_{name}*.py", PROPERTIES["process"]))
+        for name in PROCESS
+    },
+    **{
+        name: ((f"scoresde/{name}.py",), (f"tests/test_{name}*.py", PROPERTIES["solvers"]))
+        for name in SAMPLING
+    },
+    **{name: ((f"scoresde/{name}*",), (f"tests/test_{name}*.py",)) for name in OTHERS},
+    **{
+        name: ((f"scoresde/solvers/{name}*.py",), (f"tests/test_{name}*.py", PROPERTIES["solvers"]))
+        for name in ("adaptive", "langevin", "external")
+    },
+    "solvers": (("scoresde/solvers/*.py",), ("tests/test_solvers*.py", PROPERTIES["solvers"])),
+    "checkpoint": (("scoresde/checkpoint/*.py",), ("tests/test_checkpoint*.py",)),
+    "guidance": (("scoresde/guidance/*.py",), ("tests/test_guidance*.py",)),
     "networks": (("scoresde/networks/*.py",), ("tests/test_networks*.py",)),
-    "adaptive": (("scoresde/solvers/adaptive*.py",), ("tests/test_adaptive*.py",)),
     "train": (("scoresde/train/*.py",), ("tests/test_train*.py",)),
 }
+ELSEWHERE = {"solvers": ("adaptive", "langevin", "external")}  # files that are another module's
 
 ARITHMETIC = {
     ast.Add: ast.Sub,
@@ -364,17 +368,25 @@ class Tree:
 
 
 def files_of(module: str, which: int) -> list[str]:
-    found = sorted(
-        {str(f.relative_to(ROOT)) for pattern in MODULES[module][which] for f in ROOT.glob(pattern)}
-    )
-    if which == 0:  # a file belongs to the module that names it without a wildcard, if there is one
-        found = [f for f in found if Path(f).name != "__init__.py"]
+    """Files of a module (which = 0) or its tests (1), below the root."""
+    found: list[str] = []
+    for pattern in MODULES[module][which]:
+        found += [f for f in _python_files(pattern) if f not in found]
+    if which == 0:
+        others = {f for other in ELSEWHERE.get(module, ()) for f in files_of(other, 0)}
+        found = [f for f in found if Path(f).name != "__init__.py" and f not in others]
     if not found:
         raise SystemExit(
             f"expected files {MODULES[module][which]} for the module {module}, found none; "
             f"correct MODULES in {Path(__file__).name}"
         )
     return found
+
+
+def _python_files(pattern: str) -> list[str]:
+    """The files that match, those in matching folders included."""
+    matches = [g for f in ROOT.glob(pattern) for g in (f.rglob("*.py") if f.is_dir() else [f])]
+    return sorted(str(f.relative_to(ROOT)) for f in matches if f.suffix == ".py")
 
 
 def baseline(tree: Tree, modules: list[str], limit: float) -> dict[str, float]:
