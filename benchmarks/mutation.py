@@ -38,7 +38,7 @@ SAMPLING = ("noise", "grids", "tableau", "sampling")
 OTHERS = ("losses", "metrics", "energy", "likelihood")
 PROPERTIES = {"process": "tests/test_properties_process.py", "solvers": "tests/test_properties_solvers.py"}
 
-# module -> files in which mistakes are planted, tests that should notice, first its own and then the properties;
+# module -> files in which mistakes are planted; tests that should notice, its own and then the properties;
 # patterns below the root
 MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **{
