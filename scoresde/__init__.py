@@ -1,6 +1,6 @@
 """Score-based generative models in continuous time: a VP-SDE to discretize, reverse, sample and measure."""
 
-from . import checkpoint, grids, laws, losses, networks, noise, schedules, solvers, train
+from . import checkpoint, grids, guidance, laws, losses, networks, noise, schedules, solvers, train
 from .ddpm import DDPM, discretize
 from .denoiser import BaseDenoiser, Denoiser, Karras
 from .grids import Grid
@@ -31,6 +31,7 @@ __all__ = [
     "discretize",
     "encode",
     "grids",
+    "guidance",
     "laws",
     "losses",
     "networks",

@@ -168,17 +168,21 @@ class BaseDenoiser(nn.Module):
         """E[eps - x_0 | x_t]."""
         return self.as_view(FLOW, x, t, **cond)
 
-    def rows(self, times: Tensor, x: Tensor, /) -> Rows:
+    def rows(self, times: Tensor, x: Tensor, /, **cond: Any) -> Rows:
         """Prepare evaluation at the float64 host `times` (K,) for states like `x`.
 
         `evaluate(x, k)` is free of host-device traffic.
         """
         clock = times.to(x.device)
-        return Rows(lambda state, k: self(state, clock[k]), [0.0] * len(times), [1.0] * len(times))
+        return Rows(lambda state, k: self(state, clock[k], **cond), [0.0] * len(times), [1.0] * len(times))
 
     def given(self, **cond: Any) -> BaseDenoiser:
         """This denoiser with conditions filled in."""
         return Conditioned(self, cond) if cond else self
+
+    def narrowed(self, rows: Tensor | slice, batch: int) -> BaseDenoiser:
+        """This denoiser for some rows of a batch: what it holds one entry a sample of is cut to them."""
+        return self
 
 
 class Conditioned(BaseDenoiser):
@@ -206,10 +210,12 @@ class Conditioned(BaseDenoiser):
     def as_view(self, target: Prediction, /, x: Tensor, t: Time, **cond: Any) -> Tensor:
         return self.model.as_view(target, x, t, **{**self.cond, **cond})
 
-    def rows(self, times: Tensor, x: Tensor, /) -> Rows:
-        if isinstance(self.model, Denoiser):
-            return self.model.rows(times, x, **self.cond)
-        return super().rows(times, x)
+    def rows(self, times: Tensor, x: Tensor, /, **cond: Any) -> Rows:
+        return self.model.rows(times, x, **{**self.cond, **cond})
+
+    def narrowed(self, rows: Tensor | slice, batch: int) -> BaseDenoiser:
+        cond = {name: some_rows(value, rows, batch) for name, value in self.cond.items()}
+        return self.model.narrowed(rows, batch).given(**cond)
 
 
 class Denoiser(BaseDenoiser):
@@ -305,6 +311,15 @@ TIME_INPUTS: dict[str, Callable[[LinearSDE, Tensor], Tensor]] = {
     "log_snr": lambda sde, t: sde.log_snr(t),
     "index": _index,
 }
+
+
+def some_rows(value: Any, rows: Tensor | slice, batch: int) -> Any:
+    """What of `value` belongs to some rows of a batch: of tensors with one entry a sample those entries, of
+    what has `narrowed(rows, batch)` its result, and all of anything else.
+    """
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == batch else value
+    return value.narrowed(rows, batch) if hasattr(value, "narrowed") else value
 
 
 def _first_tensor(module: nn.Module) -> Tensor | None:

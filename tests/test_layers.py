@@ -33,8 +33,9 @@ STANDS_ON: dict[str, list[str]] = {
     "ddpm": ["sde"],
     "grids": ["sde"],
     "denoiser": ["sde"],
-    "energy": ["denoiser"],
-    "guidance": ["denoiser"],
+    "gradients": [],
+    "energy": ["denoiser", "gradients"],
+    "guidance": ["denoiser", "gradients"],
     "laws": ["sde", "denoiser", "engines"],
     "tableau": ["laws", "noise", "sde"],
     "solvers": ["tableau", "grids", "denoiser", "ddpm"],
@@ -50,7 +51,7 @@ STANDS_ON: dict[str, list[str]] = {
     "digits": [*_WORKSHOP, "train", "metrics"],
     "cli": [*_WORKSHOP, "select", "train", "interop", "plots", "digits"],
 }
-TORCH_ONLY = {"schedules", "noise", "networks", "engines"}
+TORCH_ONLY = {"schedules", "noise", "networks", "engines", "gradients"}
 
 # What may be imported while a module is imported: light, or there anyway since torch imports it.
 LIGHT = {"torch", "jaxtyping", "numpy", "safetensors", "tqdm"}

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..denoiser import DATA, BaseDenoiser, Conditioned, Prediction, checked
+from ..denoiser import DATA, BaseDenoiser, Prediction, checked
 from ..schedules import check_numbers
 from ..tableau import Step
 from .base import Callback, Samples
@@ -170,7 +170,7 @@ class Ledger:
 
     def _keep(self, active: Tensor) -> None:
         self.active = active
-        self.model = _for_rows(self._whole, active, len(self.result))
+        self.model = self._whole.narrowed(active, len(self.result))
 
     def denoise(self, t: float) -> None:
         """Replace the states that arrived at t by D(x, t); where it is not finite they stay, and say so."""
@@ -193,14 +193,3 @@ class Ledger:
         seconds = time.perf_counter() - started
         kept = tuple(path)
         return Samples(self.result, self.calls, seconds, status, kept, end, evaluations=self.evaluations)
-
-
-def _for_rows(model: BaseDenoiser, rows: Tensor, batch: int) -> BaseDenoiser:
-    """The model for some samples of a batch: conditions with one entry a sample are narrowed."""
-    if not isinstance(model, Conditioned):
-        return model
-    cond = {
-        key: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
-        for key, value in model.cond.items()
-    }
-    return _for_rows(model.model, rows, batch).given(**cond)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..denoiser import BaseDenoiser, Conditioned
+from ..denoiser import BaseDenoiser
 from ..grids import Grid
 from ..schedules import check_numbers
 from ..sde import LinearSDE
@@ -55,16 +55,7 @@ def one_by_one(model: BaseDenoiser, batch: int) -> Iterator[tuple[slice, BaseDen
     """Every sample with its model: conditions that have one entry for each sample are split too."""
     for i in range(batch):
         rows = slice(i, i + 1)
-        if isinstance(model, Conditioned):
-            cond = {
-                key: value[rows]
-                if isinstance(value, Tensor) and value.ndim and len(value) == batch
-                else value
-                for key, value in model.cond.items()
-            }
-            yield rows, model.model.given(**cond)
-        else:
-            yield rows, model
+        yield rows, model.narrowed(rows, batch)
 
 
 def status_of(found: list[str]) -> str | tuple[str, ...]:
