@@ -118,15 +118,12 @@ def _check_chain(chain: Any, rtol: float) -> None:
     slack = rtol + 16 * EPS * size / noise
     on_data, variance = chain.posterior(zero, one, i)
     on_state, _ = chain.posterior(one, zero, i)
-    for claim, found, known in (
-        (
-            "posterior is the conditional Gaussian: factor of x_0",
-            on_data,
-            (0.5 * before).exp() * betas / total,
-        ),
-        ("posterior is the conditional Gaussian: factor of x_t", on_state, a * noise_before / total),
-        ("posterior is the conditional Gaussian: variance", variance, betas * noise_before / total),
+    for part, found, known in (
+        ("factor of x_0", on_data, (0.5 * before).exp() * betas / total),
+        ("factor of x_t", on_state, a * noise_before / total),
+        ("variance", variance, betas * noise_before / total),
     ):
+        claim = f"posterior is the conditional of the joint Gaussian: {part}"
         at_most(claim, (found.flatten() - known).abs(), slack * known.clamp_min(16 * EPS), **where)
 
     j = torch.div(i, 2, rounding_mode="floor")

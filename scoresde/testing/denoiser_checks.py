@@ -65,18 +65,23 @@ def _check_views(model: Any, x: Tensor, t: Tensor) -> None:
     rounding = 64 * unit * size * (1 + 1 / alpha) * (1 + 1 / sigma) ** 2 * (1 + sigma)
     where: dict[str, Any] = {"t": float(t), "model": model}
 
-    def same(claim: str, found: Tensor, known: Tensor, factor: Tensor | float = 1.0) -> None:
-        gap = (found.double() - known).flatten(1).abs().amax(1)
-        at_most(claim, gap, rounding * factor, **where)
-
     wide, D = x.double(), D.double()
     alpha_x, sigma_x = like(alpha, wide), like(sigma, wide)
     noise = (wide - alpha_x * D) / sigma_x
-    same("a batch of equal times is a single time", together, D)
-    same("noise is (x - alpha D)/sigma", model.noise(x, t), noise, 1 + alpha)
-    same("score is (alpha D - x)/sigma^2 (Tweedie)", model.score(x, t), -noise / sigma_x, (1 + alpha) / sigma)
-    same("velocity is alpha noise - sigma D", model.velocity(x, t), alpha_x * noise - sigma_x * D, 1 + sigma)
-    same("flow is noise - D", model.flow(x, t), noise - D, 2.0)
+    for claim, found, known, factor in (
+        ("a batch of equal times is a single time", together, D, 1),
+        ("noise is (x - alpha D)/sigma", model.noise(x, t), noise, 1 + alpha),
+        (
+            "score is (alpha D - x)/sigma^2 (Tweedie)",
+            model.score(x, t),
+            -noise / sigma_x,
+            (1 + alpha) / sigma,
+        ),
+        ("velocity is alpha noise - sigma D", model.velocity(x, t), alpha_x * noise - sigma_x * D, 1 + sigma),
+        ("flow is noise - D", model.flow(x, t), noise - D, 2),
+    ):
+        gap = (found.double() - known).flatten(1).abs().amax(1)
+        at_most(claim, gap, rounding * factor, **where)
 
 
 def _check_score(

@@ -15,13 +15,18 @@ EPS = 2.0**-52
 
 
 def derivative(
-    function: Callable[[Tensor], Tensor], t: Tensor, low: float, high: float, scale: float | None = None
+    function: Callable[[Tensor], Tensor],
+    t: Tensor,
+    low: float,
+    high: float,
+    scale: float | None = None,
+    size: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(d function/dt, what it may be off by) of an elementwise function at t (K,) inside (low, high).
 
     By autograd where the function takes it, else by differences of fourth order, whose error is estimated
     with half the step and the rounding. `scale` is that on which the function varies, by default the distance
-    to the nearer end.
+    to the nearer end; `size` is how large the numbers are that it is computed from, at least its own values.
     """
     try:
         with torch.enable_grad():
@@ -34,14 +39,15 @@ def derivative(
     except RuntimeError:  # not a function of torch alone
         pass
     h = 1e-3 * (torch.minimum(t - low, high - t) if scale is None else torch.full_like(t, scale))
-    size = function(t).detach().abs()
+    rounding = 16 * EPS * function(t).detach().abs().clamp_min(size)
 
-    def slope_by(h: Tensor) -> Tensor:
-        near, far = function(t + h) - function(t - h), function(t + 2 * h) - function(t - 2 * h)
-        return ((8 * near - far) / (12 * h)).detach()
+    coarse, fine = (_differences(function, t, step) for step in (h, h / 2))
+    return fine, (fine - coarse).abs() + rounding / h
 
-    fine = slope_by(h / 2)
-    return fine, (fine - slope_by(h)).abs() + 16 * EPS * size / h
+
+def _differences(function: Callable[[Tensor], Tensor], t: Tensor, h: Tensor) -> Tensor:
+    near, far = function(t + h) - function(t - h), function(t + 2 * h) - function(t - 2 * h)
+    return ((8 * near - far) / (12 * h)).detach()
 
 
 def integral(
@@ -62,8 +68,9 @@ def integral(
 
 def shares() -> Tensor:
     """Fractions of (0, 1), small steps and large, close to both ends."""
-    small, near = torch.logspace(-8, -2, 13), 1 - torch.logspace(-2, -3, 4)
-    return torch.cat([small, torch.linspace(0.02, 0.98, 33), near]).double()
+    exponents, inner = [-8.0 + k / 2 for k in range(13)], [0.02 + 0.03 * k for k in range(33)]
+    near = [0.99, 0.995, 0.998, 0.999]
+    return torch.tensor([10**e for e in exponents] + inner + near, dtype=torch.float64)
 
 
 def inside(sde: Any) -> Tensor:

@@ -104,7 +104,7 @@ def _check_scales(sde: Any, t: Tensor) -> None:
     at_most("log_snr is log(alpha^2/sigma^2)", gap, 1e-12 * size, **where)
     rise = log_snr[1:] - log_snr[:-1]
     at_most("log_snr falls", rise, 16 * EPS * size[1:], t=t[1:], sde=sde)
-    slope, unsure = derivative(sde.log_snr, t, sde.t_min, sde.t_max)
+    slope, unsure = derivative(sde.log_snr, t, sde.t_min, sde.t_max, size=1.0)
     at_most("log_snr falls", slope - unsure, 0.0, **where)
     gap = (sde.time(log_snr) - t).abs()
     at_most("time inverts log_snr", gap, 1e-13 * t + 64 * EPS * size / slope.abs(), **where)
@@ -122,7 +122,7 @@ def _check_rates(sde: Any, t: Tensor, rtol: float) -> None:
     gap = (sde.drift(x, t) - f[:, None] * x).abs().amax(1)
     at_most("the drift is linear in x", gap, 8 * EPS * 3 * f.abs(), **where)
 
-    slope, unsure = derivative(lambda u: sde.alpha(u).log(), t, sde.t_min, sde.t_max)
+    slope, unsure = derivative(lambda u: sde.alpha(u).log(), t, sde.t_min, sde.t_max, size=1.0)
     size = f.abs() + slope.abs()
     at_most("the drift is d log alpha/dt x", (f - slope).abs(), 1e-10 * size + unsure, **where)
     sigma2 = sde.sigma(t) ** 2
@@ -211,7 +211,7 @@ def _check_laws_at(sde: Any, model: _Exact, time: Tensor) -> None:
 
     # d log p/dt by the chain rule through (alpha, sigma^2)
     by_alpha, by_noise, s, curvature = model.slopes(x, alpha, noise)
-    d_alpha, unsure_alpha = derivative(sde.alpha, at, sde.t_min, sde.t_max)
+    d_alpha, unsure_alpha = derivative(sde.alpha, at, sde.t_min, sde.t_max, size=1.0)
     d_noise, unsure_noise = derivative(lambda u: sde.sigma(u) ** 2, at, sde.t_min, sde.t_max)
     change = by_alpha * d_alpha + by_noise * d_noise
     terms = [by_alpha * d_alpha, by_noise * d_noise, f, f * x * s, g2 * curvature, g2 * s**2]
@@ -220,14 +220,13 @@ def _check_laws_at(sde: Any, model: _Exact, time: Tensor) -> None:
     known = -f - f * x * s + 0.5 * g2 * (curvature + s**2)
     at_most("the marginals solve the Fokker-Planck equation", (change - known).abs(), unsure, **where)
 
-    def field(y: Tensor) -> Tensor:
-        return sde.probability_flow(model)(y[:, None], at)[:, 0]
-
-    v, size = field(x), (f * x).abs() + g2 * s.abs()
+    flow = sde.probability_flow(model)
+    v, size = flow(column, at)[:, 0], (f * x).abs() + g2 * s.abs()
     # A field that is not computed from the rates rounds like d alpha/dt and d sigma/dt.
     bound = 1e-9 * (size + d_alpha.abs() + d_noise.abs() / noise.sqrt())
     at_most("the probability flow is f x - g^2 score/2", (v - f * x + 0.5 * g2 * s).abs(), bound, **where)
-    stretch, unsure_v = derivative(field, x, -math.inf, math.inf, float(width[0]))
+    along_x = (-math.inf, math.inf, float(width[0]))
+    stretch, unsure_v = derivative(lambda y: flow(y[:, None], at)[:, 0], x, *along_x)
     claim = "the probability flow carries the marginals (continuity equation)"
     at_most(claim, (change + stretch + v * s).abs(), unsure + unsure_v, **where)
 

@@ -20,6 +20,7 @@ def register() -> None:
         repeatable: dict = {} if name == "nightly" else {"derandomize": True, "database": None}
         hypothesis.settings.register_profile(
             name,
+            hypothesis.settings.get_profile("default"),  # not whatever is loaded now
             max_examples=examples,
             deadline=None,
             print_blob=True,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,22 +28,10 @@ from ..tableau import Tableau
 
 Strategy = st.SearchStrategy
 
-
-def quietly(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`make`, leaving `random` as it was, as strategies must: run-time type checkers of sequences draw from
-    it."""
-
-    @functools.wraps(make, updated=())
-    def made(*arguments: Any, **options: Any) -> Any:
-        state = random.getstate()
-        try:
-            return make(*arguments, **options)
-        finally:
-            random.setstate(state)
-
-    return made
+# Strategies are made once (functools.cache): hypothesis learns about each as it goes.
 
 
+@functools.cache
 def legal(make: Callable[..., Any]) -> Callable[..., Any]:
     """`make`, drawing another case where this one cannot be made: where float64 cannot tell the nodes of a
     grid apart, or no signal is left for a solver that remembers noise."""
@@ -52,7 +39,7 @@ def legal(make: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(make, updated=())
     def made(*arguments: Any, **options: Any) -> Any:
         try:
-            return quietly(make)(*arguments, **options)
+            return make(*arguments, **options)
         except ValueError:
             reject()
 
@@ -62,11 +49,13 @@ def legal(make: Callable[..., Any]) -> Callable[..., Any]:
 # Numbers
 
 
+@functools.cache
 def floats(low: float, high: float) -> Strategy[float]:
     """Floats in [low, high] without subnormal ones."""
     return st.floats(low, high, allow_subnormal=False)
 
 
+@functools.cache
 def magnitudes(low: float, high: float) -> Strategy[float]:
     """Numbers of at most three digits in [low, high], 0 < low, log-uniform in size."""
     exponents = st.integers(math.floor(math.log10(low)) - 2, math.ceil(math.log10(high)))
@@ -77,11 +66,13 @@ def _decimal(digits: int, exponent: int) -> float:
     return float(f"{digits}e{exponent}")
 
 
+@functools.cache
 def times(low: float = 1e-6) -> Strategy[float]:
     """Times in [low, 1], half of them log-uniform."""
     return st.one_of(floats(low, 1.0), magnitudes(low, 1.0))
 
 
+@functools.cache
 def shares(n: int) -> Strategy[list[float]]:
     """n increasing numbers in (0, 1), at least 2e-3 apart; `at` makes times of them."""
     spread = st.lists(st.integers(1, 498), min_size=n, max_size=n, unique=True).map(sorted)
@@ -117,26 +108,31 @@ class RandomLearned(Learned):
         return self._call
 
 
+@functools.cache
 def linears() -> Strategy[Linear]:
     """Rising rates; flat, falling and steep ones (B(1) up to 250)."""
     ordinary = st.builds(Linear, floats(0.0, 1.0), floats(1.0, 50.0))
     return st.one_of(ordinary, st.builds(Linear, magnitudes(1e-3, 50.0), magnitudes(1e-3, 500.0)))
 
 
+@functools.cache
 def terminal_log_snrs() -> Strategy[float]:
     """log-SNRs at t = 1: as usual, nearly all signal left, and nearly none (alpha(1) about 1e-65)."""
     return st.one_of(floats(-30.0, -2.0), st.sampled_from([-300.0, -100.0, 0.0, 3.0]))
 
 
+@functools.cache
 def cosines() -> Strategy[Cosine]:
     return st.builds(Cosine, floats(0.0, 0.5), terminal_log_snrs())
 
 
+@functools.cache
 def sigmoids() -> Strategy[Sigmoid]:
     """Flat (tau 1.5) to steep (tau 0.3, w from -17 to 17)."""
     return st.builds(Sigmoid, floats(-5.0, 0.0), floats(0.5, 5.0), floats(0.3, 1.5), terminal_log_snrs())
 
 
+@functools.cache
 def beta_tables(low: float = 1e-8, high: float = 0.999, longest: int = 30) -> Strategy[list[float]]:
     """DDPM tables as lists: anything in [low, high]^N, 1 <= N <= longest, log-uniform towards 0 and 1; equal
     betas."""
@@ -148,14 +144,17 @@ def beta_tables(low: float = 1e-8, high: float = 0.999, longest: int = 30) -> St
     return st.one_of(mixed, mixed, flat)
 
 
+@functools.cache
 def tabulateds() -> Strategy[Tabulated]:
-    return st.builds(quietly(tabulated_betas), beta_tables(low=1e-4))
+    return st.builds(tabulated_betas, beta_tables(low=1e-4))
 
 
+@functools.cache
 def learneds() -> Strategy[RandomLearned]:
     return st.builds(RandomLearned, st.integers(0, 99))
 
 
+@functools.cache
 def schedules() -> Strategy[Schedule]:
     """Every kind of schedule."""
     return st.one_of(linears(), cosines(), sigmoids(), tabulateds(), learneds())
@@ -164,11 +163,13 @@ def schedules() -> Strategy[Schedule]:
 # Processes
 
 
+@functools.cache
 def noise_ranges() -> Strategy[tuple[float, float]]:
     """(sigma_min, sigma_max) of VE processes."""
     return st.tuples(magnitudes(1e-3, 0.1), magnitudes(1.0, 100.0))
 
 
+@functools.cache
 def sdes() -> Strategy[LinearSDE]:
     """Every kind of process, each as often as the others."""
     kinds: list[Strategy[LinearSDE]] = [
@@ -211,6 +212,7 @@ def uneven_grid(sde: LinearSDE, gaps: Sequence[float]) -> Grid:
     return Grid.of(sde, torch.tensor([sde.t_max, *nodes[1:-1], sde.default_end], dtype=torch.float64))
 
 
+@functools.cache
 def _gaps(longest: int) -> Strategy[list[float]]:
     return st.lists(magnitudes(1e-4, 1.0), min_size=1, max_size=longest)
 
@@ -218,6 +220,7 @@ def _gaps(longest: int) -> Strategy[list[float]]:
 # Laws
 
 
+@functools.cache
 def laws(dim: int | None = None, degenerate: bool = True) -> Strategy[Law]:
     """Gaussians, mixtures and weighted points on `dim` (None: 1 to 4) coordinates.
 
@@ -228,6 +231,7 @@ def laws(dim: int | None = None, degenerate: bool = True) -> Strategy[Law]:
     return dims.flatmap(lambda d: _laws_on(d, degenerate))
 
 
+@functools.cache
 def _laws_on(d: int, degenerate: bool) -> Strategy[Law]:
     kinds = [gaussians(d, degenerate), mixtures(d, degenerate)]
     if degenerate:
@@ -235,37 +239,43 @@ def _laws_on(d: int, degenerate: bool) -> Strategy[Law]:
     return st.one_of(kinds)
 
 
+@functools.cache
 def gaussians(dim: int = 1, degenerate: bool = True) -> Strategy[Gaussian]:
-    return st.builds(quietly(Gaussian), _points(dim), _covariances(dim, None, degenerate))
+    return st.builds(Gaussian, _points(dim), _covariances(dim, None, degenerate))
 
 
+@functools.cache
 def mixtures(dim: int = 1, degenerate: bool = True, most: int = 4) -> Strategy[Mixture]:
-    def of_size(K: int) -> Strategy[Mixture]:
-        distinct = st.lists(_points(dim), min_size=K, max_size=K)
-        repeated = _points(dim).map(lambda point: [point] * K)
-        means = st.one_of(distinct, distinct, repeated)
-        return st.builds(quietly(Mixture), _weights(K), means, _covariances(dim, K, degenerate))
-
-    return st.integers(1, most).flatmap(of_size)
+    return st.integers(1, most).flatmap(lambda K: _mixtures_of(K, dim, degenerate))
 
 
+@functools.cache
+def _mixtures_of(K: int, dim: int, degenerate: bool) -> Strategy[Mixture]:
+    distinct = st.lists(_points(dim), min_size=K, max_size=K)
+    repeated = _points(dim).map(lambda point: [point] * K)
+    means = st.one_of(distinct, distinct, repeated)
+    return st.builds(Mixture, _weights(K), means, _covariances(dim, K, degenerate))
+
+
+@functools.cache
 def empiricals(dim: int = 1, most: int = 8) -> Strategy[Empirical]:
     points = st.lists(_points(dim), min_size=1, max_size=most)
-    return points.flatmap(
-        lambda x: st.builds(quietly(Empirical), st.just(x), st.one_of(st.none(), _weights(len(x))))
-    )
+    return points.flatmap(lambda x: st.builds(Empirical, st.just(x), st.one_of(st.none(), _weights(len(x)))))
 
 
+@functools.cache
 def _points(dim: int) -> Strategy[list[float]]:
     coordinate = st.integers(-24, 24).map(lambda k: k / 8)
     return st.lists(coordinate, min_size=dim, max_size=dim)
 
 
+@functools.cache
 def _weights(K: int) -> Strategy[list[float]]:
     counts = st.lists(st.integers(0, 9), min_size=K, max_size=K).filter(any)
     return counts.map(lambda n: [k / sum(n) for k in n])
 
 
+@functools.cache
 def _covariances(dim: int, K: int | None, degenerate: bool) -> Strategy[Any]:
     """A variance, diagonals, matrices or a LowRank, for one Gaussian (K None) or K of them."""
     variance = magnitudes(1e-3, 4.0)
@@ -283,6 +293,7 @@ def _covariances(dim: int, K: int | None, degenerate: bool) -> Strategy[Any]:
     )
 
 
+@functools.cache
 def _factors(dim: int, rank: int) -> Strategy[list[list[float]]]:
     entry = st.integers(-4, 4).map(lambda k: k / 4)
     return st.lists(st.lists(entry, min_size=rank, max_size=rank), min_size=dim, max_size=dim)
@@ -339,6 +350,7 @@ class _RightNetwork(torch.nn.Module):
         return self.model.as_view(self.predicts, x, time)
 
 
+@functools.cache
 def predictions() -> Strategy[str | Prediction]:
     return st.one_of(st.sampled_from(sorted(PREDICTIONS)), st.builds(Karras, magnitudes(0.1, 3.0)))
 
@@ -360,16 +372,23 @@ def exact_denoiser(law: Law, sde: LinearSDE) -> BaseDenoiser:
 
 def tableaus(sde: Strategy[LinearSDE] | None = None, longest: int = 12) -> Strategy[Tableau]:
     """Tables of every fixed-grid solver in `solvers.examples()`, on any process and grid."""
-    makers = [s for s in solvers.examples().values() if hasattr(s, "tableau")]
+    names = [name for name, solver in _examples().items() if hasattr(solver, "tableau")]
     return (sdes() if sde is None else sde).flatmap(
-        lambda drawn: st.builds(legal(table), st.sampled_from(makers), st.just(drawn), grids(drawn, longest))
+        lambda drawn: st.builds(legal(table), st.sampled_from(names), st.just(drawn), grids(drawn, longest))
     )
 
 
-def table(solver: Any, sde: LinearSDE, grid: Grid) -> Tableau:
-    return solver.tableau(sde, grid)
+def table(solver: str, sde: LinearSDE, grid: Grid) -> Tableau:
+    """The table of the solver in `solvers.examples()` that prints so."""
+    return _examples()[solver].tableau(sde, grid)
 
 
+@functools.cache
+def _examples() -> dict[str, Any]:
+    return solvers.examples()
+
+
+@functools.cache
 def shapes_and_dtypes() -> Strategy[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes of states, batches of none and of one too, and their dtypes."""
     events = st.one_of(
