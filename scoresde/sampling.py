@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,7 +51,8 @@ def sample(
     device, dtype     of the state; by default the model's, at least float32
 
     Raises ValueError or TypeError for arguments that do not fit, before the first network call, and
-    FloatingPointError naming call and time if the network returns NaN or Inf.
+    FloatingPointError naming call and time if the network returns NaN or Inf. Warns if the run starts at a
+    time t where x_t is still far from the prior: `KL(q(x_t | x_0) || prior) > 1e-3` nats a number.
     """
     _check_parts(model, solver, condition, callback)
     shape = _checked_shape(shape)
@@ -60,6 +63,7 @@ def sample(
             f"expected a state in float32 or float64, found {dtype}; the network may have any dtype"
         )
     times = make_grid(model.sde, grid, steps, end)
+    _check_prior(model.sde, float(times.t[0]))
     noise = Noise.of(seed, ids, batch=shape[0], device=device, dtype=dtype)
     x = noise.prior(shape) * model.sde.prior_std
     calls = getattr(solver, "calls", None)
@@ -149,6 +153,19 @@ def _check_parts(
         raise TypeError(f"expected a mapping from names to values as condition, found {condition!r}")
     if callback is not None and not callable(callback):
         raise TypeError(f"expected a function of a Step as callback, found {callback!r}")
+
+
+def _check_prior(sde: LinearSDE, t: float) -> None:
+    """Warn if N(alpha x_0, sigma^2) is far from N(0, prior_std^2), x_0 of mean square 1."""
+    signal, noise = (float(v / sde.prior_std) ** 2 for v in (sde.alpha(t), sde.sigma(t)))
+    gap = 0.5 * (signal + noise - 1 - math.log(noise)) if noise > 0 else math.inf
+    if gap > 1e-3:
+        warnings.warn(
+            f"sampling starts at t = {t:g} from noise alone, but x_t still holds data there: alpha = "
+            f"{float(sde.alpha(t)):.3g}, a KL divergence of {gap:.2g} nats for each number; use a schedule "
+            "that ends in more noise, a grid from t_max, or decode with a state of your own",
+            stacklevel=3,
+        )
 
 
 def _check_state(x: Any) -> None:

@@ -383,15 +383,16 @@ def finite_guard(table: Tableau) -> Callable[[int, Tensor, Tensor], None]:
     def guard(k: int, x: Tensor, F: Tensor) -> None:
         # The sum is cheap, and may overflow by itself.
         if not math.isfinite(F.sum().item()) and not F.isfinite().all():
-            raise not_finite(table, k)
+            raise not_finite(table, k, (~F.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist())
 
     return guard
 
 
-def not_finite(table: Tableau, k: int) -> FloatingPointError:
-    """The error that names call, time and quantity."""
+def not_finite(table: Tableau, k: int, samples: Sequence[int] = ()) -> FloatingPointError:
+    """The error that names call, time and quantity, and the samples where they are known."""
+    where = f"; found in samples {', '.join(map(str, samples[:8]))}{' ...' * (len(samples) > 8)}" if samples else ""
     return FloatingPointError(
         f"{table.name}: the network returned NaN or Inf at call {k + 1} of {len(table)}, t = "
-        f"{table.times[k].item():.6g}; "
+        f"{table.times[k].item():.6g}{where}; "
         "check the model, its dtype and its inputs there"
     )

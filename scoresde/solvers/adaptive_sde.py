@@ -93,16 +93,16 @@ class AdaptiveSDE:
         Raises TypeError for other noises, ValueError for times that increase or start without signal.
         """
         started, sde = time.perf_counter(), model.sde
-        if not isinstance(noise, Noise):
-            found = type(noise).__name__
-            raise TypeError(
-                f"expected a scoresde.noise.Noise, whose samples can be drawn one by one; found {found}"
-            )
         grid = Grid.of(sde, times)
         first, last = float(grid.t[0]), float(grid.t[-1])
         if first < last:
             remedy = "encode with a deterministic solver"
             raise ValueError(f"{self} is stochastic and cannot run from data to noise: {remedy}")
+        if not isinstance(noise, Noise):
+            found = type(noise).__name__
+            raise TypeError(
+                f"expected a scoresde.noise.Noise, whose samples can be drawn one by one; found {found}"
+            )
         if float(sde.alpha(first)) == 0:
             raise ValueError(
                 f"expected to start where there is some signal, found t = {first}: start a little later"
