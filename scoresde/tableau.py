@@ -390,7 +390,11 @@ def finite_guard(table: Tableau) -> Callable[[int, Tensor, Tensor], None]:
 
 def not_finite(table: Tableau, k: int, samples: Sequence[int] = ()) -> FloatingPointError:
     """The error that names call, time and quantity, and the samples where they are known."""
-    where = f"; found in samples {', '.join(map(str, samples[:8]))}{' ...' * (len(samples) > 8)}" if samples else ""
+    where = (
+        f"; found in samples {', '.join(map(str, samples[:8]))}{' ...' * (len(samples) > 8)}"
+        if samples
+        else ""
+    )
     return FloatingPointError(
         f"{table.name}: the network returned NaN or Inf at call {k + 1} of {len(table)}, t = "
         f"{table.times[k].item():.6g}{where}; "
