@@ -1,6 +1,18 @@
 """Score-based generative models in continuous time: a VP-SDE to discretize, reverse, sample and measure."""
 
-from . import checkpoint, grids, guidance, laws, losses, networks, noise, schedules, solvers, train
+from . import (
+    checkpoint,
+    grids,
+    guidance,
+    laws,
+    likelihood,
+    losses,
+    networks,
+    noise,
+    schedules,
+    solvers,
+    train,
+)
 from .ddpm import DDPM, discretize
 from .denoiser import BaseDenoiser, Denoiser, Karras
 from .grids import Grid
@@ -33,6 +45,7 @@ __all__ = [
     "grids",
     "guidance",
     "laws",
+    "likelihood",
     "losses",
     "networks",
     "noise",
