@@ -287,10 +287,16 @@ class Learned(nn.Module):
     The curve is `g(t) = (m(t) - m(0)) / (m(1) - m(0))`, `m(t) = a t + sum_k w_k sigmoid(s_k (t - c_k))` with
     positive `a, w, s` (a monotone network as in Kingma et al. 2021, arXiv:2107.00630, appendix H). As there,
     a little noise is left at t = 0: `alpha_bar(0) = sigmoid(log_snr_max)`, so `B(0)` is small but not 0.
-    `time` carries no gradient.
+    `time` carries no gradient. The ends are pinned numbers, or parameters too with `learn_ends`.
     """
 
-    def __init__(self, log_snr_max: float = 13.3, log_snr_min: float = -10.0, hidden: int = 32) -> None:
+    def __init__(
+        self,
+        log_snr_max: float = 13.3,
+        log_snr_min: float = -10.0,
+        hidden: int = 32,
+        learn_ends: bool = False,
+    ) -> None:
         super().__init__()
         check_numbers(log_snr_max=log_snr_max, log_snr_min=log_snr_min)
         if not (log_snr_max > log_snr_min and isinstance(hidden, int) and hidden >= 1):
@@ -298,7 +304,10 @@ class Learned(nn.Module):
                 "expected log_snr_min < log_snr_max and a whole number hidden >= 1, "
                 f"found {log_snr_min}, {log_snr_max}, {hidden}"
             )
-        self.log_snr_max, self.log_snr_min = log_snr_max, log_snr_min
+        self.log_snr_max, self.log_snr_min = (
+            nn.Parameter(torch.tensor(end, dtype=torch.float64)) if learn_ends else end
+            for end in (log_snr_max, log_snr_min)
+        )
         self.linear = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.weight = nn.Parameter(torch.full((hidden,), -3.0, dtype=torch.float64))
         self.slope = nn.Parameter(torch.full((hidden,), 2.0, dtype=torch.float64))

@@ -55,9 +55,10 @@ def _describe_schedule(schedule: Schedule) -> dict[str, Any]:
     if isinstance(schedule, Learned):
         return {
             "class": name,
-            "log_snr_max": schedule.log_snr_max,
-            "log_snr_min": schedule.log_snr_min,
+            "log_snr_max": float(schedule.log_snr_max),
+            "log_snr_min": float(schedule.log_snr_min),
             "hidden": len(schedule.center),
+            "learn_ends": isinstance(schedule.log_snr_max, nn.Parameter),
         }
     return {"class": name, **_fields(schedule)}
 

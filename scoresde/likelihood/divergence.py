@@ -213,7 +213,8 @@ def _standard_error(values: Tensor) -> Tensor:
     count = values.shape[1]
     if count == 1:
         return torch.full_like(values[:, 0], math.inf)
-    return values.std(1) / math.sqrt(count)
+    squares = (values - values.mean(1, keepdim=True)).square().sum(1)
+    return (squares / (count * (count - 1))).sqrt()
 
 
 def _check_count(count: int, what: str) -> None:
