@@ -218,18 +218,17 @@ def strong_order(
     steps: Sequence[int] = STRONG_STEPS,
     span: tuple[float, float] = SPAN,
     *,
-    fine: int = 2048,
-    paths: int = 64,
+    paths: int = 256,
     seed: int = 0,
 ) -> Measured:
-    """Strong order of a stochastic solver: slope of the root mean square distance of y from a run of `fine`
-    steps along the same Brownian paths.
+    """Strong order of a stochastic solver: slope of the root mean square distance of y between runs of n and
+    of 2 n steps along the same Brownian paths.
 
     clock   what the solver's noise is an increment of, as a function of (sde, t): by default `snr`; of
             Euler-Maruyama it is t itself
     law     of the data, a mixture by default, for a linear drift hides terms
 
-    All numbers of steps see the same `paths`, so the slope has almost none of their sampling error.
+    The slope has a sampling error of about 0.4 paths^(-1/2).
     """
     sde = sde or VPSDE()
     law = law or Mixture([0.3, 0.7], torch.tensor([-1.0, 1.2]), torch.tensor([0.25, 0.64]))
@@ -247,8 +246,8 @@ def strong_order(
         ticks = clock(sde, nodes).clamp(path.start, path.stop)
         return run_sampler(solver, sde, denoise, start, grid.t, path.noise(ticks)) / alpha[1]
 
-    exact = end(fine)
-    errors = [float((end(n) - exact).square().mean().sqrt()) for n in steps]
+    ends_of = {n: end(n) for n in sorted({*steps, *(2 * n for n in steps)})}
+    errors = [float((ends_of[n] - ends_of[2 * n]).square().mean().sqrt()) for n in steps]
     return _slope(steps, errors, f"{paths} paths of seed {seed}, {law}")
 
 
