@@ -293,15 +293,13 @@ def _p_values(values: Tensor, law: Law, axis: Tensor) -> dict[str, float]:
     F = torch.special.ndtr(z) @ law.weights.cpu()
     steps = torch.arange(n + 1, dtype=torch.float64) / n
     distance = float(torch.maximum(F - steps[:-1], steps[1:] - F).max())
-    found = {"distribution function": min(1.0, 2 * math.exp(-2 * n * distance**2))}
-    if len(means) == 1:
-        total = float(z.square().sum())
-        tails = 2 * min(chi2.cdf(total, n), chi2.sf(total, n))
-        found |= {
-            "mean": math.erfc(abs(float(z.sum())) / math.sqrt(2 * n)),
-            "variance": float(min(1.0, tails)),
-        }
-    return found
+    shape = {"distribution function": min(1.0, 2 * math.exp(-2 * n * distance**2))}
+    if len(means) > 1:
+        return shape
+    total = float(z.square().sum())
+    tails = 2 * min(chi2.cdf(total, n), chi2.sf(total, n))
+    mean = math.erfc(abs(float(z.sum())) / math.sqrt(2 * n))
+    return {"mean": mean, "variance": float(min(1.0, tails)), **shape}
 
 
 def _projected(law: Law, axis: Tensor) -> tuple[Tensor, Tensor]:
