@@ -33,9 +33,9 @@ from queue import SimpleQueue
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("scoresde", "tests", "benchmarks", "pyproject.toml", "README.md", "constraints.txt")
 
-PROCESS = ("schedules", "sde", "ddpm", "denoiser", "laws")
+PROCESS = ("schedules", "sde", "ddpm", "denoiser", "laws", "losses")
 SAMPLING = ("noise", "grids", "tableau", "sampling")
-OTHERS = ("losses", "metrics", "energy", "likelihood")
+OTHERS = ("metrics", "energy", "likelihood")
 PROPERTIES = {"process": "tests/test_properties_process.py", "solvers": "tests/test_properties_solvers.py"}
 
 # module -> files in which mistakes are planted; tests that should notice, its own and then the properties;

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_schedules import EPS, f64, floats
-from test_sde import EXAMPLES, GaussianModel, at, close, marginal, over_sdes, sdes
+from test_schedules import EPS, f64
+from test_sde import EXAMPLES, GaussianModel, close, marginal, over_sdes
 from torch import nn
 
 from scoresde.denoiser import (
@@ -26,6 +26,7 @@ from scoresde.denoiser import (
 )
 from scoresde.schedules import Learned, tabulated_betas
 from scoresde.sde import EDM, VESDE, VPSDE, Rectified, like
+from scoresde.testing.strategies import at, floats, sdes
 
 ALL = [*PREDICTIONS.values(), Karras(0.5), Karras(1.7)]
 over_predictions = pytest.mark.parametrize("predicts", ALL, ids=repr)

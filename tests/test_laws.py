@@ -223,21 +223,6 @@ def test_denoiser_jacobian_is_symmetric_and_is_the_posterior_covariance() -> Non
     assert torch.autograd.gradgradcheck(lambda z: model(z, 0.3), (x.clone().requires_grad_(),))
 
 
-@pytest.mark.parametrize("law", [Gaussian(0.7, 0.25), Mixture([0.3, 0.7], [-1.0, 0.8], [0.1, 0.4])], ids=str)
-def test_fokker_planck(law: Law) -> None:
-    """d_t log p = beta/2 (d + x s + div s + s^2) under the VP-SDE; d_t by differences of 4th order."""
-    sde, model = VPSDE(), law.denoiser(VPSDE())
-    x = torch.linspace(-3, 3, 25, dtype=torch.float64)[:, None].requires_grad_()
-    for t in (0.05, 0.3, 0.8):
-        h = 1e-3 * t
-        p = {k: model.log_prob(x, t + k * h).detach() for k in (-2, -1, 1, 2)}
-        left = (8 * (p[1] - p[-1]) - (p[2] - p[-2])) / (12 * h)
-        s = model.score(x, t)
-        (div,) = torch.autograd.grad(s.sum(), x, retain_graph=True)
-        right = 0.5 * sde.beta(t) * (1 + x * s + div + s**2).squeeze(-1)
-        near(left, right.detach(), 1e-9)
-
-
 @pytest.mark.parametrize("sde", SDES, ids=str)
 def test_denoiser_is_the_conditional_mean_by_quadrature(sde: LinearSDE) -> None:
     w, m, v = [0.2, 0.5, 0.3], [-1.0, 0.3, 2.0], [0.05, 0.4, 0.2]

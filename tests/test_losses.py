@@ -176,42 +176,6 @@ def test_simple_loss_on_the_chain_is_algorithm_1():
     )
 
 
-def test_sigma_squared_weighting_of_the_score_has_the_gradients_of_the_noise_loss():
-    """Property 24, for a network that predicts the score."""
-    sde, t = VPSDE(), inner_times(VPSDE())
-    x0, eps = torch.randn(2, len(t), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
-    model = Denoiser(Bend(), sde, "score")
-    mean, std = sde.marginal(x0, t)
-    x = mean + std * eps
-    score_loss = (std**2 * (model.score(x, t) + eps / std) ** 2).mean(1)
-    got = losses.denoising(model, x0, eps, t)
-    torch.testing.assert_close(got, score_loss, rtol=1e-12, atol=0)
-    parameters = list(model.parameters())
-    (a,), (b,) = (torch.autograd.grad(loss.sum(), parameters) for loss in (got, score_loss))
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
-
-
-def test_denoising_loss_differs_from_the_explicit_one_by_a_constant():
-    """Property 23 by quadrature on N(0, v) data: E w |x_0 - D|^2 - E w |E[x_0|x] - D|^2 = w Var(x_0 | x),
-    whatever D.
-    """
-    sde, v, t = VPSDE(), 0.4, torch.tensor([0.05, 0.3, 0.8], dtype=torch.float64)
-    z, w = normal_nodes(40)
-    a, s = sde.alpha(t), sde.sigma(t)
-    truth = Shrink(sde, v)
-    x0, eps = math.sqrt(v) * z.repeat_interleave(40), z.repeat(40)
-    weights = (w[:, None] * w).flatten()
-    for model in (Shrink(sde, v), Shrink(sde, v, 0.5), Denoiser(Bend(), sde, "velocity")):
-        for k, each in enumerate(t):
-            times = each.expand(len(x0))
-            dsm = (weights * losses.denoising(model, x0[:, None], eps[:, None], times)).sum()
-            x = (a[k] * x0 + s[k] * eps)[:, None]
-            gap = truth(x, times) - model(x, times)
-            explicit = losses.simple(sde, each) * (weights * gap.square().flatten()).sum()
-            left = losses.simple(sde, each) * v * s[k] ** 2 / (a[k] ** 2 * v + s[k] ** 2)
-            torch.testing.assert_close(dsm - explicit, left, rtol=1e-9, atol=1e-10)
-
-
 def test_nothing_cancels_at_small_noise():
     """In float32 at sigma = 1e-3 the loss keeps its digits; through D it would lose half of them."""
     sde, t = VESDE(1e-4, 50.0), torch.full((64,), 0.1754, dtype=torch.float64)

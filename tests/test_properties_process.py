@@ -11,13 +11,13 @@ import copy
 import itertools
 import math
 
-import mpmath as mp
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_schedules import EPS, exact_B, f64
-from test_sde import close, condition, derivative, log_normal
+from test_ddpm import any_chains, nodes
+from test_schedules import EPS, check_against_high_precision, f64
+from test_sde import close, condition, derivative
 from torch import Tensor, nn
 
 from scoresde import checkpoint, losses, solvers, train
@@ -30,7 +30,6 @@ from scoresde.sde import EDM, VPSDE, LinearSDE, SubVPSDE, like
 from scoresde.testing import strategies
 from scoresde.testing.strategies import (
     at,
-    beta_tables,
     exact_denoiser,
     floats,
     laws,
@@ -43,17 +42,6 @@ from scoresde.testing.strategies import (
 
 FEWER = settings(max_examples=max(1, settings.default.max_examples // 3))  # for the dearer ones
 FEWEST = settings(max_examples=max(1, settings.default.max_examples // 10))
-
-
-def nodes(n: int) -> Tensor:
-    return torch.arange(1, n + 1, dtype=torch.float64) / n
-
-
-def chains() -> st.SearchStrategy[DDPM]:
-    """Tables of any kind, and exact discretizations of any schedule."""
-    of_tables = beta_tables().map(lambda values: DDPM(torch.tensor(values, dtype=torch.float64)))
-    of_sdes = st.builds(lambda S, n: discretize(VPSDE(schedule=S), n), schedules(), st.integers(1, 100))
-    return st.one_of(of_tables, of_sdes)
 
 
 def vps() -> st.SearchStrategy[VPSDE]:
@@ -95,17 +83,11 @@ def test_p02_alpha_and_sigma_preserve_variance(schedule: Schedule, t: float) -> 
 def test_p03_sigma_in_high_precision(schedule: Schedule, t: float) -> None:
     """1e-15 for the linear schedule; others to the rounding of their own B, at most 1e-12. A time in float32
     is that number, so sigma is as right there."""
+    single = torch.tensor(t, dtype=torch.float32).clamp(max=1)
+    for time in (t, float(single)):
+        check_against_high_precision(schedule, time, 1e-15 if isinstance(schedule, Linear) else 1e-12)
     sde = VPSDE(schedule=schedule)
-    for time in (t, float(torch.tensor(t, dtype=torch.float32).clamp(max=1))):
-        found = sde.sigma(torch.tensor(time, dtype=torch.float64))
-        with mp.workdps(110):
-            B = exact_B(schedule, time)
-            sigma, alpha, log_snr = mp.sqrt(-mp.expm1(-B)), mp.exp(-B / 2), -mp.log(mp.expm1(B))
-            assert abs(found.item() / sigma - 1) < (1e-15 if isinstance(schedule, Linear) else 1e-12)
-            assert abs(sde.B(time).item() / B - 1) < 1e-12
-            assert abs(sde.alpha(time).item() / alpha - 1) < 1e-12 * max(1, B)
-            assert abs(sde.log_snr(time).item() - log_snr) < 1e-12 * max(1, abs(log_snr))
-    assert sde.sigma(torch.tensor(t, dtype=torch.float32)).equal(found)
+    assert sde.sigma(single).equal(sde.sigma(single.double()))
 
 
 @given(sdes(), st.integers(2, 200), st.one_of(floats(0.0, 1.0), times(1e-8)))
@@ -164,7 +146,7 @@ def test_p06_gaps_of_the_linear_schedule() -> None:
     assert all(abs(math.log2(a / b) - 1) < 0.1 for a, b in itertools.pairwise(gaps))
 
 
-@given(chains(), st.data())
+@given(any_chains(), st.data())
 def test_p07_respacing_keeps_the_marginals(chain: DDPM, data) -> None:
     kept = sorted(data.draw(st.sets(st.integers(1, len(chain)), min_size=1)))
     short, index = chain.respace(kept), torch.tensor(kept) - 1
@@ -271,6 +253,10 @@ def test_p12_transitions_carry_the_marginals(sde: LinearSDE, pair: list[float], 
     close(a, sde.alpha(t) / sde.alpha(s), rtol=4e-15 * size, atol=0)
 
 
+def log_normal(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return -0.5 * ((x - mean) / std) ** 2 - std.log()
+
+
 @given(sdes(), shares(2), st.lists(floats(-3.0, 3.0), min_size=3, max_size=3))
 def test_p13_bayes(sde: LinearSDE, pair: list[float], z: list[float]) -> None:
     """log q(x_s|x_t,x_0) + log q(x_t|x_0) = log q(x_t|x_s) + log q(x_s|x_0)."""
@@ -291,7 +277,7 @@ def test_p13_bayes(sde: LinearSDE, pair: list[float], z: list[float]) -> None:
         assert gap < 10 * rtol * size * condition(sde, s, t)
 
 
-@given(chains())
+@given(any_chains())
 def test_p14_posterior_variances_lie_between_0_and_beta(chain: DDPM) -> None:
     assert (chain.posterior_variances >= 0).all() and (chain.posterior_variances <= chain.betas).all()
     assert chain.posterior_variances[0] == 0

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_schedules import EPS, cosines, exact_B, f64, floats, linears, schedules, tables, times
+from test_schedules import exact_B, f64
 
 from scoresde.denoiser import BaseDenoiser
 from scoresde.schedules import Cosine, Learned, Linear, Sigmoid, Tabulated, tabulated_betas
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE, clock, like
+from scoresde.testing.strategies import at, beta_tables, cosines, floats, linears, sdes, shares, times
 
 torchsde = pytest.importorskip("torchsde")
 
@@ -37,35 +38,6 @@ def marginal(model: GaussianModel, t) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance of x_t."""
     alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
     return alpha * model.mean, alpha**2 * model.variance + sigma**2
-
-
-def ve_ranges() -> st.SearchStrategy[tuple[float, float]]:
-    return st.tuples(floats(1e-3, 0.1), floats(1.0, 100.0))
-
-
-def sdes() -> st.SearchStrategy[LinearSDE]:
-    kinds = [
-        schedules().map(lambda s: VPSDE(schedule=s)),
-        schedules().map(lambda s: SubVPSDE(schedule=s)),
-        ve_ranges().map(lambda r: VESDE(*r)),
-        ve_ranges().map(lambda r: EDM(*r)),
-        st.just(Rectified()),
-    ]
-    # Not one_of: it would flatten the ten kinds of VP, and the others would hardly be drawn.
-    return st.integers(0, len(kinds) - 1).flatmap(lambda i: kinds[i])
-
-
-def fractions(n: int) -> st.SearchStrategy[list[float]]:
-    """n increasing numbers in (0, 1), at least 2e-3 apart."""
-    spread = st.lists(st.integers(1, 498), min_size=n, max_size=n, unique=True).map(sorted)
-    return st.builds(lambda slots, u: [(slot + u) / 500 for slot in slots], spread, floats(0.0, 1.0))
-
-
-def at(sde: LinearSDE, share: float) -> float:
-    """The time a share of the way, evenly in t (in log t for EDM)."""
-    if isinstance(sde, EDM):
-        return sde.t_min * (sde.t_max / sde.t_min) ** share
-    return sde.t_min + share * (sde.t_max - sde.t_min)
 
 
 EXAMPLES = [
@@ -116,19 +88,6 @@ def test_ends_and_priors() -> None:
     assert ve.sigma(0.0) == 0.02 and abs(ve.sigma(1.0) - 30.0) < 1e-13 * 30
 
 
-@given(sdes(), floats(0.0, 1.0))
-def test_log_snr_and_its_inverse(sde: LinearSDE, share: float) -> None:  # PROPERTIES 4
-    t = at(sde, max(share, 1e-8))
-    alpha, sigma, log_snr = sde.alpha(t), sde.sigma(t), sde.log_snr(t)
-    if alpha == 0:
-        assert log_snr == -math.inf
-        return
-    close(log_snr, 2 * (alpha.log() - sigma.log()), rtol=1e-12, atol=1e-12)
-    slope = sde.rates(t)[1] / sigma**2  # -d log_snr/dt
-    tolerance = 16 * EPS * (1 + log_snr.abs() - 2 * alpha.log()) / slope
-    assert (sde.time(log_snr) - t).abs() <= 1e-14 * t + tolerance
-
-
 @over_sdes
 def test_log_snr_of_every_kind(sde: LinearSDE) -> None:
     t = f64(0.05, 0.4, 0.9)
@@ -136,21 +95,6 @@ def test_log_snr_of_every_kind(sde: LinearSDE) -> None:
     close(log_snr, 2 * (sde.alpha(t) / sde.sigma(t)).log(), rtol=1e-12, atol=1e-12)
     close(sde.time(log_snr), t, rtol=1e-13)
     close(sde.time(log_snr[1]), t[1], rtol=1e-13)
-
-
-@given(sdes(), st.integers(2, 100))
-def test_log_snr_falls(sde: LinearSDE, n: int) -> None:
-    shares = torch.linspace(0, 1, n + 1, dtype=torch.float64)
-    grid = torch.stack([torch.as_tensor(at(sde, float(u)), dtype=torch.float64) for u in shares])
-    assert (sde.log_snr(grid).diff() < 0).all()
-
-
-@given(schedules(), floats(0.0, 1.0))
-def test_sub_vp_has_less_noise_and_the_same_mean(schedule, t: float) -> None:  # PROPERTIES 8
-    vp, sub = VPSDE(schedule=schedule), SubVPSDE(schedule=schedule)
-    assert sub.alpha(t) == vp.alpha(t)
-    assert sub.sigma(t) <= vp.sigma(t)
-    close(sub.sigma(t), vp.sigma(t) ** 2, rtol=1e-14)
 
 
 @given(sdes(), floats(0.01, 0.99))
@@ -202,10 +146,10 @@ def exact_scales(sde: LinearSDE, t: float) -> tuple[mp.mpf, mp.mpf]:
 
 
 @pytest.mark.oracle
-@given(sdes(), fractions(2))
-def test_transition_in_high_precision(sde: LinearSDE, shares: list[float]) -> None:
+@given(sdes(), shares(2))
+def test_transition_in_high_precision(sde: LinearSDE, pair: list[float]) -> None:
     """a = alpha_t/alpha_s and sigma_t^2 - a^2 sigma_s^2, in 60 digits, to the rounding of B_t - B_s."""
-    s, t = (at(sde, share) for share in shares)
+    s, t = (at(sde, share) for share in pair)
     found_a, found_std = sde.transition(s, t)
     with mp.workdps(60):
         (alpha_s, noise_s), (alpha_t, noise_t) = exact_scales(sde, s), exact_scales(sde, t)
@@ -224,55 +168,15 @@ def test_small_steps_keep_their_digits(sde: LinearSDE) -> None:
     close(sde.transition(s, t)[1] ** 2, sde.diffusion(middle) ** 2 * (t - s), rtol=6e-9)
 
 
-@given(sdes(), fractions(3))
-def test_semigroup(sde: LinearSDE, shares: list[float]) -> None:  # PROPERTIES 11
-    s, t, u = (at(sde, share) for share in shares)
-    (a_st, v_st), (a_tu, v_tu) = sde.transition(s, t), sde.transition(t, u)
-    a_su, v_su = sde.transition(s, u)
-    close(a_su, a_st * a_tu, rtol=1e-12)
-    close(v_su**2, a_tu**2 * v_st**2 + v_tu**2, rtol=1e-12)
-
-
-@given(sdes(), fractions(2), floats(0.0, 4.0))
-def test_transition_carries_marginals(sde: LinearSDE, shares: list[float], variance: float) -> None:
-    """PROPERTIES 12"""
-    s, t = (at(sde, share) for share in shares)
-    a, std = sde.transition(s, t)
-    v_s, v_t = (sde.alpha(u) ** 2 * variance + sde.sigma(u) ** 2 for u in (s, t))
-    close(a**2 * v_s + std**2, v_t, rtol=1e-13)
-    close(a, sde.alpha(t) / sde.alpha(s), rtol=1e-12)
-
-
-@given(sdes(), fractions(2), st.lists(floats(-3.0, 3.0), min_size=3, max_size=3))
-def test_bayes(sde: LinearSDE, shares: list[float], z: list[float]) -> None:  # PROPERTIES 13
-    """log q(x_s|x_t,x_0) + log q(x_t|x_0) = log q(x_t|x_s) + log q(x_s|x_0)."""
-    s, t = (at(sde, share) for share in shares)
-    x_0, x_s = f64(z[0]), sde.alpha(s) * z[0] + sde.sigma(s) * f64(z[1])
-    a, std = sde.transition(s, t)
-    x_t = a * x_s + std * z[2]
-    terms = [
-        log_normal(x_s, *sde.bridge(x_0, x_t, s, t)),
-        log_normal(x_t, *sde.marginal(x_0, t)),
-        log_normal(x_t, a * x_s, std),
-        log_normal(x_s, *sde.marginal(x_0, s)),
-    ]
-    size = 1 + sum(term.abs() for term in terms) + (x_t.abs() / std + x_s.abs() / sde.sigma(s)) ** 2
-    assert (terms[0] + terms[1] - terms[2] - terms[3]).abs() < 1e-13 * size * condition(sde, s, t)
-
-
 def condition(sde: LinearSDE, s: float, t: float) -> float:
     """How much the rounding of B counts in alpha and in B_t - B_s."""
     return 1 + float(sde.B(t) + sde.B(t) / (sde.B(t) - sde.B(s))) if isinstance(sde, VPSDE) else 1.0
 
 
-def log_normal(x, mean, std):
-    return -0.5 * ((x - mean) / std) ** 2 - std.log()
-
-
-@given(sdes(), fractions(2))
-def test_bridge_is_the_conditional_of_the_joint_gaussian(sde: LinearSDE, shares: list[float]) -> None:
+@given(sdes(), shares(2))
+def test_bridge_is_the_conditional_of_the_joint_gaussian(sde: LinearSDE, pair: list[float]) -> None:
     """Data N(0, 1): the covariance of (x_0, x_s, x_t), conditioned by linear algebra in 50 digits."""
-    s, t = (at(sde, share) for share in shares)
+    s, t = (at(sde, share) for share in pair)
     one, zero = f64(1.0), f64(0.0)
     on_data, std = sde.bridge(one, zero, s, t)
     on_state, _ = sde.bridge(zero, one, s, t)
@@ -287,49 +191,11 @@ def test_bridge_is_the_conditional_of_the_joint_gaussian(sde: LinearSDE, shares:
 
 
 @over_sdes
-@pytest.mark.parametrize("share", [0.0, 1e-8, 0.3, 1.0])
-def test_no_time_no_change(sde: LinearSDE, share: float, dtype: torch.dtype) -> None:  # PROPERTIES 15
-    t = at(sde, share)
-    a, std = sde.transition(t, t)
-    assert a == 1 and std == 0
-    x_0, x_t = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
-    mean, std = sde.bridge(x_0, x_t, t, t)
-    assert mean.equal(x_t) and std == 0
-
-
-@over_sdes
 def test_bridge_from_the_noiseless_end_is_the_data(sde: LinearSDE) -> None:
     x_0, x_t = f64(0.3), f64(-2.0)
     if sde.sigma(0.0) == 0:
         mean, std = sde.bridge(x_0, x_t, 0.0, sde.t_max)
         assert mean == x_0 and std == 0
-
-
-@given(schedules(), fractions(2))
-def test_detailed_balance_of_standard_normal_data(schedule, shares: list[float]) -> None:  # PROPERTIES 16
-    """x_s | x_t has the law of x_t | x_s: bridge averaged over x_0 | x_t ~ N(alpha x_t, sigma^2)."""
-    sde, (s, t) = VPSDE(schedule=schedule), shares
-    one, zero = f64(1.0), f64(0.0)
-    on_data, std = sde.bridge(one, zero, s, t)
-    on_state, _ = sde.bridge(zero, one, s, t)
-    a, forward = sde.transition(s, t)
-    rounding = 1e-14 * condition(sde, s, t)
-    close(on_state + on_data * sde.alpha(t), a[None], rtol=rounding, atol=rounding)
-    close(std**2 + on_data**2 * sde.sigma(t) ** 2, forward[None] ** 2, rtol=rounding, atol=rounding)
-
-
-@given(schedules(), fractions(2))
-def test_ve_is_vp_divided_by_alpha(schedule, shares: list[float]) -> None:  # PROPERTIES 9
-    vp, ve, (s, t) = VPSDE(schedule=schedule), EDM(), shares
-    kappa = [vp.sigma(u) / vp.alpha(u) for u in (s, t)]
-    _, std = vp.transition(s, t)
-    _, std_ve = ve.transition(*kappa)
-    rounding = 1e-13 * condition(vp, s, t) * float(kappa[1] ** 2 / (kappa[1] ** 2 - kappa[0] ** 2))
-    close(std / vp.alpha(t), std_ve, rtol=rounding)
-    x_0, x_t = f64(0.4), f64(-1.2)
-    mean, _ = vp.bridge(x_0, x_t, s, t)
-    mean_ve, _ = ve.bridge(x_0, x_t / vp.alpha(t), *kappa)
-    close(mean / vp.alpha(s), mean_ve, rtol=10 * rounding, atol=10 * rounding / float(vp.alpha(t)))
 
 
 def test_default_kernels_follow_from_the_scales() -> None:
@@ -490,18 +356,6 @@ def test_reverse_sde_moves_the_marginals_back(sde: LinearSDE, share: float) -> N
     close((2 * A * v - reverse.diffusion(t) ** 2)[0], growth, rtol=1e-9, atol=1e-11 * scale)
 
 
-@given(sdes(), floats(0.05, 0.95), floats(-2.0, 2.0))
-def test_reverse_of_the_reverse_is_the_forward_sde(sde: LinearSDE, share: float, z: float) -> None:
-    """PROPERTIES 17: on the clock s the drift is -(f x - g^2 score); reversed again, with the same score."""
-    t, model = at(sde, share), GaussianModel(sde)
-    x = torch.full((1, 1), z, dtype=torch.float64)
-    reverse, s = sde.reverse(model), sde.t_max - t
-    t = sde.t_max - s
-    again = -(reverse.f(s, x) - reverse.g(s, x) ** 2 * model.score(x, t))
-    size = float((reverse.f(s, x).abs() + reverse.g(s, x) ** 2 * model.score(x, t).abs()).max())
-    close(again, sde.drift(x, t), atol=1e-14 * (1 + size))
-
-
 @over_sdes
 def test_reverse_clock_and_flattening(sde: LinearSDE, device: torch.device) -> None:
     if isinstance(sde, VPSDE) and isinstance(sde.schedule, Learned):
@@ -616,7 +470,7 @@ def test_rectified_flow_at_full_noise() -> None:
     assert sde.transition(0.3, 1.0)[0] == 0 and sde.transition(0.3, 1.0)[1] == 1
 
 
-@given(st.one_of(linears(), cosines()), tables(low=1e-4), times())
+@given(st.one_of(linears(), cosines()), beta_tables(low=1e-4), times())
 def test_schedules_and_betas_share_their_clock(schedule, betas: list[float], t: float) -> None:
     for sde in (VPSDE(schedule=schedule), VPSDE.from_betas(betas)):
         assert sde.B(t) == sde.schedule.B(f64(t))[0] and sde.beta(t) == sde.schedule.beta(f64(t))[0]
