@@ -2,6 +2,7 @@
 
 from . import (
     checkpoint,
+    energy,
     grids,
     guidance,
     laws,
@@ -42,6 +43,7 @@ __all__ = [
     "decode",
     "discretize",
     "encode",
+    "energy",
     "grids",
     "guidance",
     "laws",

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .denoiser import NOISE, BaseDenoiser, Denoiser, Karras, Prediction
@@ -34,6 +34,15 @@ Draw = Callable[[int, torch.Generator], Tensor]
 """(n, generator) -> (n,) float64 numbers in [0, 1), each uniform."""
 
 Score = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    """What `classification` takes, such as `guidance.Classifier`."""
+
+    sde: LinearSDE
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
 
 
 # ---- weightings: the factor on |x_0 - D|^2
@@ -176,6 +185,23 @@ def denoising(
     else:
         error = model(x_t, t, **cond) - x0
     return like(w.to(x0.device), x0).flatten() * _mean_square(error)
+
+
+def classification(
+    classifier: Classifies,
+    x0: Float[Tensor, "b ..."],
+    eps: Float[Tensor, "b ..."],
+    t: Float[Tensor, " b"],
+    label: Int[Tensor, " b"],
+) -> Float[Tensor, " b"]:
+    """`-log p(label | x_t)`, `x_t = alpha x_0 + sigma eps`: cross-entropy on noisy data, whose minimiser is
+    the classifier that guidance needs (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4.1).
+
+    `classifier(x, t)` is log p(y | x_t = x) for all classes, (B, K), and has an `sde`.
+    """
+    mean, std = classifier.sde.marginal(x0, t)
+    log_p = classifier(mean + std * eps, t)
+    return -log_p.gather(1, label[:, None])[:, 0]
 
 
 def implicit(score: Score, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:

@@ -25,7 +25,7 @@ _WORKSHOP = ["sampling", "likelihood", "metrics", "guidance", "energy", "ddpm", 
 STANDS_ON: dict[str, list[str]] = {
     "schedules": [],
     "noise": [],
-    "networks": [],
+    "networks": ["gradients"],
     "spectrum": [],
     "engines": ["spectrum"],
     "metrics": [],

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..denoiser import DATA, TIME_INPUTS, BaseDenoiser, Prediction, Rows, determined, some_rows
+from ..denoiser import DATA, TIME_INPUTS, BaseDenoiser, Prediction, Rows, checked, determined, some_rows
 from ..gradients import gradient
 from ..schedules import Time, holds, wide
 from ..sde import LinearSDE, like
 from .base import Guided
-from .scales import Scale, at, checked
+from .scales import Scale, at, checked_scale
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
 """(x (B, ...), t (B,) float64) -> log p(y | x_t = x) up to a constant, (B,)."""
@@ -70,7 +70,7 @@ class Classified(Guided):
         super().__init__(model)
         if not callable(log_prob):
             raise TypeError(f"log_prob: expected a function of (x, t), found {type(log_prob).__name__}")
-        self.log_prob, self.scale = log_prob, checked(scale)
+        self.log_prob, self.scale = log_prob, checked_scale(scale)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"
@@ -98,7 +98,7 @@ class Classified(Guided):
         clock = times.to(x.device).unbind()
 
         def evaluate(state: Tensor, k: int) -> Tensor:
-            F = plain.evaluate(state, k)
+            F = checked(plain.evaluate(state, k), state)
             return F + share[k] * self._pull(state, clock[k]) if share[k] else F
 
         return Rows(evaluate, plain.a, plain.b)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import DATA, BaseDenoiser, Prediction, Rows, some_rows
+from ..denoiser import DATA, BaseDenoiser, Prediction, Rows, checked, some_rows
 from ..schedules import Time, wide
 from ..sde import like
 from .base import Guided
-from .scales import Scale, at, checked
+from .scales import Scale, at, checked_scale
 
 
 def classifier_free(
@@ -30,9 +30,9 @@ def classifier_free(
     scale    0 is the unconditional model, 1 the conditional one, more is guidance (the "guidance scale" of
              most code); `ho_salimans(w)` is the paper's w, by which 0 is the conditional one. Numbers or
              functions of noise level: outside an `interval` use `outside=1`
-    null     the conditions that mean "none": numbers, or tensors of one sample or of all, e.g. {"label": -1},
-             {"vector": 0.0}; None leaves a condition out. A *negative* condition is one to get away from:
-             {"label": 3} in its place
+    null     the conditions that mean "none": numbers, or tensors with a batch axis of 1 or B, e.g.
+             {"label": -1}, {"vector": 0.0}; None leaves a condition out. A *negative* condition, in its
+             place, is one to get away from: {"label": 3}
     rescale  phi in [0, 1]: shrinks D towards the standard deviation of D_cond over the elements of a sample,
              `D ((1 - phi) + phi std(D_cond)/std(D))` (Lin et al. 2023, arXiv:2305.08891, section 3.4)
     doubled  call the network once with the batch and its null twin, rather than twice: faster where batches
@@ -67,7 +67,7 @@ class ClassifierFree(Guided):
             )
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale: expected a number from 0 to 1, found {rescale}")
-        self.scale, self.null, self.rescale = checked(scale), dict(null), rescale
+        self.scale, self.null, self.rescale = checked_scale(scale), dict(null), rescale
         self.doubled = doubled
 
     def extra_repr(self) -> str:
@@ -106,7 +106,7 @@ class ClassifierFree(Guided):
                 F_null, F = without.evaluate(state, k), given.evaluate(state, k)
             else:
                 F_null, F = twin.evaluate(twice(state), k).chunk(2)
-            return torch.lerp(F_null, F, strength[k])
+            return torch.lerp(checked(F_null, state), checked(F, state), strength[k])
 
         # D = a x + b F with the same a and b for both: what is affine in D is affine in F.
         return Rows(evaluate, given.a, given.b)
@@ -139,6 +139,11 @@ def _shaped(value: Any, like_this: Any) -> Any:
     if value is None or not isinstance(like_this, Tensor):
         return value
     made = torch.as_tensor(value).to(like_this.device, like_this.dtype)
+    if made.ndim and (made.ndim != like_this.ndim or len(made) not in (1, len(like_this))):
+        raise ValueError(
+            f"null: expected numbers, or tensors with a batch axis like conditions {tuple(like_this.shape)}, "
+            f"found shape {tuple(made.shape)}"
+        )
     return made.expand(like_this.shape)
 
 

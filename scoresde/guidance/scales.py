@@ -19,7 +19,7 @@ Scale = float | Callable[[LinearSDE, Tensor], Tensor]
 """A number, or (sde, t) -> float64 of the shape of t."""
 
 
-def checked(scale: Scale, name: str = "scale") -> Scale:
+def checked_scale(scale: Scale, name: str = "scale") -> Scale:
     """The scale. Raises TypeError for what is none, ValueError for NaN and infinity."""
     if callable(scale):
         return scale
@@ -57,7 +57,7 @@ def interval(scale: Scale, low: float, high: float, *, outside: Scale = 0.0) -> 
     (Kynkaanniemi et al. 2024, arXiv:2404.07724, in noise levels: `log_snr = -2 log(sigma/alpha)`.)
     """
     _checked_range(low, high)
-    return Interval(checked(scale), float(low), float(high), checked(outside, "outside"))
+    return Interval(checked_scale(scale), float(low), float(high), checked_scale(outside, "outside"))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def ho_salimans(w: Scale) -> Scale:
     Ho and Salimans 2022, arXiv:2207.12598, eq. 6: w = 0 is the conditional model, w = -1 the unconditional
     one. Here, and in most code ("guidance scale", CFG scale), those are 1 and 0.
     """
-    w = checked(w, "w")
+    w = checked_scale(w, "w")
     return OnePlus(w) if callable(w) else 1 + w
 
 

@@ -1,13 +1,26 @@
 """Networks `net(x, time, label=None, vector=None)`: what a `Denoiser` wraps.
 
 A network is rebuilt from its class name, one of `__all__`, and its `config`: `getattr(networks,
-name)(**config)`. `UNet` is for images, `MLP` for vectors; the other names are the parts to build your own
-from.
+name)(**config)`. `UNet` is for images, `MLP` for vectors, `Gradient` makes either conservative,
+`NoisyClassifier` tells classes; the other names are the parts to build your own from.
 """
 
 from scoresde.networks.blocks import Attention, Encoder, Residual
+from scoresde.networks.classifier import NoisyClassifier
 from scoresde.networks.embeddings import Conditioning, RandomFourier, Sinusoidal
+from scoresde.networks.gradient import Gradient
 from scoresde.networks.mlp import MLP
 from scoresde.networks.unet import UNet
 
-__all__ = ["MLP", "Attention", "Conditioning", "Encoder", "RandomFourier", "Residual", "Sinusoidal", "UNet"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "Conditioning",
+    "Encoder",
+    "Gradient",
+    "NoisyClassifier",
+    "RandomFourier",
+    "Residual",
+    "Sinusoidal",
+    "UNet",
+]

@@ -1,4 +1,4 @@
-"""Training a denoiser, as an iterator of progress.
+"""Training a denoiser, or a classifier of noisy data, as an iterator of progress.
 
     run = fit(model, data, steps=3000, path="digits.safetensors")
     for progress in run:
@@ -11,7 +11,7 @@ before it: the global random state, the gradient mode and the training flags are
 """
 
 from scoresde.train.data import Batches, Data
-from scoresde.train.fit import fit
+from scoresde.train.fit import fit, fit_classifier
 from scoresde.train.run import Progress, Run, Settings
 
-__all__ = ["Batches", "Data", "Progress", "Run", "Settings", "fit"]
+__all__ = ["Batches", "Data", "Progress", "Run", "Settings", "fit", "fit_classifier"]

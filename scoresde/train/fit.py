@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from torch import Tensor, nn
+
 from .. import losses
 from ..denoiser import Denoiser
 from .data import Data
-from .run import Run, Settings
+from .run import Classification, Objective, Run, Settings
 from .surroundings import FilePath, Output, accelerator
 
 
@@ -58,8 +60,50 @@ def fit(
         raise TypeError(f"model: expected a Denoiser, as in Denoiser(network, sde); found {type(model)}")
     chosen = Settings(steps, batch_size, **settings)
     output = Output(path, save_every, log, progress)
-    run = Run(model, data, chosen, (weight, times, draw), accelerator(model, model.device, precision), output)
+    parts = Objective(model, weight), times, draw
+    run = Run(model, data, chosen, parts, accelerator(model, model.device, precision), output)
     if resume is not None:
         run.restore(resume)
     output.begin(run)
+    return run
+
+
+def fit_classifier(
+    classifier: losses.Classifies,
+    data: tuple[Tensor, Tensor],
+    *,
+    steps: int,
+    batch_size: int = 128,
+    times: losses.Times = losses.uniform,
+    draw: losses.Draw = losses.stratified,
+    precision: Literal["no", "bf16", "fp16"] = "no",
+    log: FilePath | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Run:
+    """Train a classifier of noisy data, such as `guidance.Classifier`, by cross-entropy at the times of its
+    SDE: an iterator of `Progress` that has the average, `.ema`, like `fit`.
+
+    data is (x (N, ...), labels (N,)), or a dataset of such items. Arguments as for `fit`; classifiers have no
+    checkpoints, and no labels are dropped.
+    """
+    if not isinstance(classifier, nn.Module) or not hasattr(classifier, "sde"):
+        raise TypeError(
+            "classifier: expected a module with an sde, as in guidance.Classifier(network, sde); found "
+            f"{type(classifier)}"
+        )
+    chosen = Settings(steps, batch_size, **settings)
+    if chosen.label_dropout:
+        raise ValueError(f"label_dropout: expected 0 for a classifier, found {chosen.label_dropout}")
+    device = next(classifier.parameters()).device
+    parts = Classification(classifier), times, draw
+    run = Run(
+        classifier,
+        data,
+        chosen,
+        parts,
+        accelerator(classifier, device, precision),
+        Output(None, None, log, progress),
+    )
+    run.output.begin(run)
     return run

@@ -20,7 +20,8 @@ from ..denoiser import Denoiser
 from .data import Batches, Condition, Data
 from .surroundings import FilePath, Output, Randomness, held_interrupts
 
-Parts = tuple[losses.Weighting, losses.Times, losses.Draw]
+Parts = tuple[nn.Module, losses.Times, losses.Draw]
+"""The objective `(x0, eps, t, conditions) -> (B,)`, and the law of its times."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Settings:
     betas, weight_decay    of AdamW
     clip                   the largest norm of the gradient (None: any)
     ema_decay              of the average, once it is warm
-    label_dropout          probability that a label becomes `null_label`, for classifier-free guidance (Ho and
-                           Salimans 2022, arXiv:2207.12598)
+    label_dropout          probability that a sample loses its conditions, for classifier-free guidance (Ho
+                           and Salimans 2022, arXiv:2207.12598): its label becomes `null_label`, others 0
     every                  steps between records
     patience               steps in a row that may be not finite
     """
@@ -109,12 +110,12 @@ class Settings:
 class Run(Iterator[Progress]):
     """A training run; `next(run)` trains up to the next record.
 
-    Attributes: model; ema, the exponential moving average of the model, in evaluation mode (it goes on
-    moving: copy it to keep it); step; seconds; settings.
+    Attributes: model, a Denoiser or a classifier (which has no checkpoints); ema, the exponential moving
+    average of the model, in evaluation mode (it goes on moving: copy it to keep it); step; seconds; settings.
     """
 
     def __init__(
-        self, model: Denoiser, data: Data, settings: Settings, parts: Parts, accelerator: Any, output: Output
+        self, model: Any, data: Data, settings: Settings, parts: Parts, accelerator: Any, output: Output
     ) -> None:
         share = accelerator.num_processes
         _expect(
@@ -124,7 +125,7 @@ class Run(Iterator[Progress]):
             settings.batch_size,
         )
         self.model, self.settings, self.accelerator, self.output = model, settings, accelerator, output
-        weight, self.times, self.draw = parts
+        objective, self.times, self.draw = parts
         self.step, self.seconds = 0, 0.0
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.averaged = list(self.ema.parameters()), list(model.parameters())
@@ -137,7 +138,7 @@ class Run(Iterator[Progress]):
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.objective, self.stepper = accelerator.prepare(Objective(model, weight), self.optimizer)
+        self.objective, self.stepper = accelerator.prepare(objective, self.optimizer)
         zero = torch.zeros((), dtype=torch.float64, device=model.device)
         self.tally = {name: zero.clone() for name in ("loss", "steps", "bad", "worst")}
         order, noise, clock, inside = _seeds(settings.seed, 4)
@@ -205,14 +206,18 @@ class Run(Iterator[Progress]):
         self.tally["worst"].copy_(torch.maximum(self.tally["worst"], self.tally["bad"]))
 
     def _dropped(self, cond: Condition) -> Condition:
-        """The conditions, with each label replaced by the null label with probability `label_dropout`."""
-        if not self.settings.label_dropout or "label" not in cond:
+        """The conditions; with probability `label_dropout` all those of a sample are replaced: its label by
+        the null label, others by 0.
+        """
+        if not self.settings.label_dropout or not cond:
             return cond
-        label = cond["label"]
-        drop = (
-            torch.rand(label.shape, generator=self.noise, device=label.device) < self.settings.label_dropout
-        )
-        return {**cond, "label": label.masked_fill(drop, self.settings.null_label)}
+        first = next(iter(cond.values()))
+        drop = torch.rand(len(first), generator=self.noise, device=first.device) < self.settings.label_dropout
+        null = {name: self.settings.null_label if name == "label" else 0 for name in cond}
+        return {
+            name: value.masked_fill(drop.view(-1, *[1] * (value.ndim - 1)), null[name])
+            for name, value in cond.items()
+        }
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -315,6 +320,17 @@ class Run(Iterator[Progress]):
                 f"{saved['samples']} samples, as in {path}",
                 len(self.data),
             )
+
+
+class Classification(nn.Module):
+    """The loss of a classifier of noisy data, as a module."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return losses.classification(self.model, x0, eps, t, cond["label"])
 
 
 class Objective(nn.Module):
