@@ -18,7 +18,7 @@ from scoresde import grids, laws, solvers
 from scoresde.ddpm import DDPM, discretize
 from scoresde.denoiser import BaseDenoiser, Denoiser
 from scoresde.networks import MLP
-from scoresde.schedules import Linear, Schedule
+from scoresde.schedules import Learned, Linear, Schedule
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, ReverseSDE, SubVPSDE, like
 from scoresde.testing import (
     check_denoiser,
@@ -54,6 +54,15 @@ def test_every_process_passes(sde: LinearSDE) -> None:
 @given(strategies.schedules(), st.integers(1, 200))
 def test_every_exact_chain_passes(schedule: Schedule, n: int) -> None:
     check_discretization(discretize(VPSDE(schedule=schedule), n), VPSDE(schedule=schedule))
+
+
+def test_a_schedule_that_trains_passes() -> None:
+    schedule = Learned(hidden=3)
+    check_schedule(schedule)
+    check_sde(VPSDE(schedule=schedule))
+    check_discretization(discretize(VPSDE(schedule=schedule), 20), VPSDE(schedule=schedule))
+    check_denoiser(Planted.law.denoiser(VPSDE(schedule=schedule)), Planted.law)
+    assert all(p.grad is None for p in schedule.parameters())
 
 
 @given(strategies.beta_tables())
@@ -347,6 +356,10 @@ def test_what_a_process_lacks_is_named() -> None:
         check_sde(type("Half", (), {"alpha": abs, "sigma": abs})())
     with pytest.raises(AssertionError, match="lacks time"):
         check_schedule(type("Half", (), {"B": abs, "beta": abs})())
+    with pytest.raises(AssertionError, match=r"expected a chain with .* lacks log_alpha_bars, times"):
+        check_discretization(VPSDE(), VPSDE())
+    with pytest.raises(AssertionError, match=r"expected a denoiser with sde, .* lacks sde, noise"):
+        check_denoiser(abs, Planted.law)
 
 
 # ---- planted mistakes: discretizations

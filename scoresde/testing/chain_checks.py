@@ -11,13 +11,16 @@ from torch import Tensor
 
 from ..ddpm import DDPM
 from .failure import at_most, holds
-from .numerics import EPS
+from .numerics import EPS, has
 
-Table = DDPM | Sequence[float] | Tensor
+CHAIN_METHODS = (
+    "log_alpha_bars", "betas", "times", "marginal", "transition", "posterior", "respace", "__len__",
+)  # fmt: skip
 
 
+@torch.no_grad()
 def check_discretization(
-    chain: Table | Callable[[int], Table],
+    chain: Any,
     sde: Any,
     order: float | None = None,
     *,
@@ -26,7 +29,7 @@ def check_discretization(
 ) -> None:
     """That a DDPM chain is the process's: exactly, or with `order`, up to O(N^-order).
 
-    chain   a `DDPM` (or an object with its methods), a table of betas, or a function of N that makes one
+    chain   a `DDPM`, an object with its methods, a table of betas, or a function of N that makes one of them
     order   None: the marginals are the process's at every node `chain.times` to `rtol`; the posterior is the
             conditional of the joint Gaussian; transitions compose; respacing keeps the marginals and the
             times. A number: `chain` is a function of N, and the largest error of log alpha_bar over the
@@ -41,9 +44,14 @@ def check_discretization(
         return
     tables = [chain(n) for n in sizes] if callable(chain) else [chain]
     for each in tables:
-        made = DDPM(each) if isinstance(each, Sequence | Tensor) else each
+        made = _chain(each)
+        has(made, "chain", CHAIN_METHODS)
         _check_marginals(made, sde, rtol)
         _check_chain(made, rtol)
+
+
+def _chain(made: Any) -> Any:
+    return DDPM(made) if isinstance(made, Sequence | Tensor) else made
 
 
 def _errors(chain: Any, sde: Any) -> Tensor:
@@ -51,14 +59,10 @@ def _errors(chain: Any, sde: Any) -> Tensor:
     return chain.log_alpha_bars - 2 * sde.alpha(chain.times).log()
 
 
-def _check_order_of_chain(
-    chain: Callable[[int], Table], sde: Any, order: float, sizes: Sequence[int]
-) -> None:
+def _check_order_of_chain(chain: Callable[[int], Any], sde: Any, order: float, sizes: Sequence[int]) -> None:
     errors = []
     for n in sizes:
-        made = chain(n)
-        made = DDPM(made) if isinstance(made, Sequence | Tensor) else made
-        errors.append(float(_errors(made, sde).abs().max()))
+        errors.append(float(_errors(_chain(chain(n)), sde).abs().max()))
     rounding = 1e-11 * max(1.0, float(sde.alpha(sde.t_max).log().abs()))
     claim = "the discretization has an error to measure an order on (an exact one is checked without order)"
     at_most(claim, rounding, min(errors), sizes=list(sizes), errors=errors, sde=sde)

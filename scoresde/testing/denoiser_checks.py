@@ -14,6 +14,7 @@ from .failure import at_most, holds
 from .numerics import a_few, has
 
 
+@torch.no_grad()
 def check_denoiser(
     model: Any,
     law: Law | None = None,
@@ -35,17 +36,17 @@ def check_denoiser(
     data.
     """
     has(model, "denoiser", ("sde", "noise", "score", "velocity", "flow"))
-    if law is None and data is None:
-        raise ValueError("expected a law or data to look at, found neither; pass data of shape (B, ...)")
-    sde = model.sde
-    generator = torch.Generator().manual_seed(0)
-    x0 = law.sample(8, generator=generator) if data is None and law is not None else data
-    assert x0 is not None
+    sde, generator = model.sde, torch.Generator().manual_seed(0)
+    if data is None:
+        if law is None:
+            raise ValueError("expected a law or data to look at, found neither; pass data of shape (B, ...)")
+        data = law.sample(8, generator=generator)
+    x0 = data.double()
     dtype = torch.promote_types(getattr(model, "dtype", torch.float64), torch.float32)
     eps = torch.randn(x0.shape, generator=generator, dtype=torch.float64).to(x0.device)
     for t in a_few(sde) if times is None else times:
         alpha, sigma = sde.alpha(t), sde.sigma(t)
-        x = (like(alpha, x0.double()) * x0.double() + like(sigma, x0.double()) * eps).to(dtype)
+        x = (like(alpha, x0) * x0 + like(sigma, x0) * eps).to(dtype)
         _check_views(model, x, t)
         if law is not None:
             there = law.marginal(sde, t)
@@ -88,13 +89,14 @@ def _check_score(
     model: Any, x: Tensor, t: Tensor, log_prob: Callable[[Tensor], Tensor], rtol: float, law: Any
 ) -> None:
     """score = grad log p and alpha D = x + sigma^2 grad log p."""
-    leaf = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(log_prob(leaf).sum(), leaf)
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(log_prob(leaf).sum(), leaf)
     alpha, sigma = (like(c, x) for c in (model.sde.alpha(t), model.sde.sigma(t)))
     pulled = sigma**2 * gradient
     size = x.abs() + pulled.abs() + 1
     where: dict[str, Any] = {"x": x, "t": float(t), "model": model, "law": law}
-    D, score = model(x, t).detach(), model.score(x, t).detach()
+    D, score = model(x, t), model.score(x, t)
     claim = "the denoiser is E[x_0 | x_t] (Tweedie: alpha D = x + sigma^2 grad log p_t)"
     at_most(claim, (alpha * D - x - pulled).abs(), rtol * size, **where)
     claim = "the score is the gradient of the log-density"

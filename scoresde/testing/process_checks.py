@@ -24,6 +24,7 @@ from .numerics import EPS, derivative, has, inside, integral, is_float64, name_o
 # ---- schedules
 
 
+@torch.no_grad()
 def check_schedule(schedule: Any, *, times: Tensor | None = None, rtol: float = 1e-12) -> None:
     """That `B, beta, time` are a schedule: float64, B increasing, beta its derivative, time its inverse.
 
@@ -69,6 +70,7 @@ SDE_METHODS = (
 )  # fmt: skip
 
 
+@torch.no_grad()
 def check_sde(sde: Any, *, times: Tensor | None = None, rtol: float = 1e-12) -> None:
     """That a process is one: its scales, rates, kernels, reverse and flow belong to one linear SDE.
 

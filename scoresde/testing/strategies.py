@@ -93,13 +93,16 @@ class RandomLearned(Learned):
     """A `Learned` schedule with parameters drawn from a seed, without gradients; prints as its call."""
 
     def __init__(
-        self, seed: int, hidden: int = 8, spread: float = 0.7, log_snr_max: float = 13.3, **options: float
+        self,
+        seed: int,
+        hidden: int = 8,
+        spread: float = 0.7,
+        log_snr_max: float = 13.3,
+        log_snr_min: float = -10.0,
     ) -> None:
-        super().__init__(log_snr_max=log_snr_max, hidden=hidden, **options)
+        super().__init__(log_snr_max, log_snr_min, hidden)
+        self._call = f"RandomLearned({seed}, {hidden}, {spread}, {log_snr_max}, {log_snr_min})"
         self.requires_grad_(False)
-        self._call = (
-            f"RandomLearned({seed}, {hidden}, {spread}, {log_snr_max}, log_snr_min={self.log_snr_min})"
-        )
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             parameter += spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
