@@ -443,6 +443,10 @@ def test_orders_of_discretizations() -> None:
     check_discretization(lambda n: discretize(sde, n, "euler"), sde, order=1)
     check_discretization(historical, sde, order=1)
     check_discretization(middle, sde)
+    steep = VPSDE(schedule=Power(2.5))  # its rate reaches 30
+    check_discretization(lambda n: discretize(steep, n, "euler"), steep, order=1)
+    with pytest.raises(AssertionError, match=r"sizes=\[50, 100\]"):  # too few steps for it to show
+        check_discretization(lambda n: discretize(steep, n, "euler"), steep, order=1, sizes=[50, 100])
     cosine = VPSDE(schedule=scoresde.schedules.Cosine(log_snr_min=-4.0))
     check_discretization(
         lambda n: -torch.expm1(-cosine.beta((torch.arange(n, dtype=torch.float64) + 0.5) / n) / n),

@@ -24,7 +24,7 @@ def check_discretization(
     sde: Any,
     order: float | None = None,
     *,
-    sizes: Sequence[int] = (200, 400, 800, 1600),
+    sizes: Sequence[int] | None = None,
     rtol: float = 1e-12,
 ) -> None:
     """That a DDPM chain is the process's: exactly, or with `order`, up to O(N^-order).
@@ -33,21 +33,29 @@ def check_discretization(
     order   None: the marginals are the process's at every node `chain.times` to `rtol`; the posterior is the
             conditional of the joint Gaussian; transitions compose; respacing keeps the marginals and the
             times. A number: `chain` is a function of N, and the largest error of log alpha_bar over the
-            nodes falls as N^-order, measured over `sizes`, within 0.15
-
-    A function without an order is checked at every one of `sizes`.
+            nodes falls as N^-order, within 0.15
+    sizes   the numbers of steps N to try a function at: 200, 400, 800 and 1600 unless given, more where the
+            process is steep
     """
     if order is not None:
         if not callable(chain):
             raise TypeError(f"chain: expected a function of N to measure an order on, found {type(chain)}")
-        _check_order_of_chain(chain, sde, order, sizes)
+        _check_order_of_chain(chain, sde, order, sizes or _sizes(sde))
         return
-    tables = [chain(n) for n in sizes] if callable(chain) else [chain]
+    tables = [chain(n) for n in sizes or _sizes(sde)] if callable(chain) else [chain]
     for each in tables:
         made = _chain(each)
         has(made, "chain", CHAIN_METHODS)
         _check_marginals(made, sde, rtol)
         _check_chain(made, rtol)
+
+
+def _sizes(sde: Any) -> list[int]:
+    """Four doublings from where a step is short against 1/beta, as far as that can be paid for."""
+    t = torch.linspace(0.001, 0.999, 999, dtype=torch.float64) * sde.t_max
+    steepest = 2 * float(sde.drift(torch.ones(len(t), 1, dtype=torch.float64), t).abs().max())
+    first = min(max(200, round(8 * steepest)), 20_000)
+    return [first, 2 * first, 4 * first, 8 * first]
 
 
 def _chain(made: Any) -> Any:
@@ -60,9 +68,7 @@ def _errors(chain: Any, sde: Any) -> Tensor:
 
 
 def _check_order_of_chain(chain: Callable[[int], Any], sde: Any, order: float, sizes: Sequence[int]) -> None:
-    errors = []
-    for n in sizes:
-        errors.append(float(_errors(_chain(chain(n)), sde).abs().max()))
+    errors = [float(_errors(_chain(chain(n)), sde).abs().max()) for n in sizes]
     rounding = 1e-11 * max(1.0, float(sde.alpha(sde.t_max).log().abs()))
     claim = "the discretization has an error to measure an order on (an exact one is checked without order)"
     at_most(claim, rounding, min(errors), sizes=list(sizes), errors=errors, sde=sde)
