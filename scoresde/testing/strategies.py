@@ -2,7 +2,7 @@
 
 Steep, flat and falling rates, a terminal signal that is nearly gone, tiny and huge steps, duplicated modes,
 components without weight, degenerate covariances. What is drawn shrinks to short numbers and prints as code
-that makes it again, given `from scoresde import *` and the names of this module.
+that makes it again, in the words of `scoresde`, its `schedules`, `laws` and `grids`, and of this module.
 """
 
 from __future__ import annotations
