@@ -351,6 +351,73 @@ def test_mistakes_in_processes_are_found(planted: LinearSDE, message: str) -> No
         check_sde(planted)
 
 
+def slightly(value: Any, part: int | None = None) -> Any:
+    """A number, one of a pair, or what a function or a reverse process gives, off by 1e-8 of it."""
+    if isinstance(value, Tensor):
+        return value * (1 - 1e-8)
+    if isinstance(value, tuple):
+        return tuple(slightly(v) if k == part else v for k, v in enumerate(value))
+    if isinstance(value, ReverseSDE):
+        names = ("drift", "diffusion", "f", "g")
+        wrong = {n: lambda *a, n=n: slightly(getattr(value, n)(*a)) for n in names[part : part + 1]}
+        return type("Off", (), {**{n: getattr(value, n) for n in names}, **wrong})
+    return lambda *a: slightly(value(*a))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        *((name, None) for name in ("alpha", "sigma", "log_snr", "time", "drift", "diffusion")),
+        *((name, part) for name in ("transition", "marginal", "bridge") for part in (0, 1)),
+        *(("reverse", part) for part in range(4)),
+        ("probability_flow", None),
+    ],
+)
+@pytest.mark.parametrize("sde", [VPSDE(), Rectified()], ids=repr)
+def test_no_method_of_a_process_may_be_off_by_1e_8(sde: LinearSDE, name: str, part: int | None) -> None:
+    check_sde(Duck(sde))
+    method = getattr(sde, name)
+    with pytest.raises(AssertionError, match=r"measured .*, bound .*; worst case: "):
+        check_sde(Duck(sde, **{name: lambda *a: slightly(method(*a), part)}))
+
+
+@pytest.mark.parametrize("name", ["B", "beta", "time"])
+def test_no_method_of_a_schedule_may_be_off_by_1e_10(name: str) -> None:
+    wrong = Power()
+    method = getattr(wrong, name)
+    setattr(wrong, name, lambda u: method(u) * (1 + 1e-10))
+    with pytest.raises(AssertionError, match=r"measured .*, bound .*; worst case: t="):
+        check_schedule(wrong)
+
+
+@pytest.mark.parametrize("name", ["log_alpha_bars", "betas", "times", "marginal", "transition", "posterior"])
+@pytest.mark.parametrize("part", [0, 1])
+def test_nothing_of_a_chain_may_be_off_by_1e_8(name: str, part: int) -> None:
+    chain = DDPM(VPSDE().betas(50))
+
+    class Off:
+        def __getattr__(self, other: str) -> Any:
+            value = getattr(chain, other)
+            if other != name:
+                return value
+            return slightly(value) if isinstance(value, Tensor) else lambda *a: slightly(value(*a), part)
+
+        def __len__(self) -> int:
+            return len(chain)
+
+    with pytest.raises(AssertionError, match=r"measured .*, bound .*; worst case: "):
+        check_discretization(Off(), VPSDE())
+
+
+@pytest.mark.parametrize("name", ["forward", "noise", "score", "velocity", "flow"])
+def test_no_view_of_a_denoiser_may_be_off_by_1e_8(name: str) -> None:
+    planted = Planted()
+    method = getattr(planted, name)
+    setattr(planted, name, lambda x, t: method(x, t) * (1 + 1e-8))
+    with pytest.raises(AssertionError, match=r"measured .*, bound .*; worst case: "):
+        check_denoiser(planted, Planted.law)
+
+
 def test_what_a_process_lacks_is_named() -> None:
     with pytest.raises(AssertionError, match=r"expected a process with alpha, .* lacks log_snr, time, drift"):
         check_sde(type("Half", (), {"alpha": abs, "sigma": abs})())
