@@ -193,7 +193,7 @@ def inverse(model: BaseDenoiser, data: digits.Digits) -> dict[str, Tensor]:
     found = {"upper half known": torch.where(mask.bool(), x, torch.zeros(()))}
     for name, guided in {
         "inpaint": guidance.inpaint(plain, mask, x),
-        "linear_inverse": guidance.linear_inverse(plain, lambda x: x * mask, x * mask, 1e-3),
+        "linear_inverse": guidance.linear_inverse(plain, lambda x: x * mask, x * mask, 1e-2),
     }.items():
         found[name] = sample(
             guided, x.shape, solvers.ddpm(), steps=100, grid=grids.quadratic, end=0, seed=3

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scoresde import EDM, VESDE, VPSDE, Rectified, grids, guidance, sample, solvers
 from scoresde.denoiser import DATA, NOISE, SCORE, VELOCITY, BaseDenoiser
-from scoresde.guidance.inverse import conjugate_gradients
+from scoresde.guidance.inverse import conjugate_residuals
 from scoresde.laws import Gaussian, Mixture
 from scoresde.sde import like
 
@@ -310,18 +310,32 @@ def test_modes_are_left_as_found() -> None:
     )
 
 
-def test_conjugate_gradients_solve() -> None:
+def test_conjugate_residuals_solve() -> None:
     g = torch.Generator().manual_seed(0)
     M = torch.randn(4, 5, 5, dtype=F64, generator=g)
-    M = M @ M.mT + 0.1 * torch.eye(5, dtype=F64)
+    symmetric = M @ M.mT + 0.1 * torch.eye(5, dtype=F64)
     b = torch.randn(4, 5, dtype=F64, generator=g)
     b[3] = 0
-    for iterations in (5, 50):
-        z = conjugate_gradients(lambda v: (M @ v[:, :, None])[:, :, 0], b, iterations)
-        torch.testing.assert_close(z, torch.linalg.solve(M, b), rtol=1e-8, atol=1e-8)
-    short = conjugate_gradients(lambda v: (M @ v[:, :, None])[:, :, 0], b, 2)
-    assert (short - z).abs().max() > 1e-3 and not short[3].any()
-    assert conjugate_gradients(lambda v: v, b[:0], 3).shape == (0, 5)
+    for matrix in (symmetric, symmetric + (M - M.mT)):
+        for iterations in (5, 50):
+            z = conjugate_residuals(lambda v, m=matrix: (m @ v[:, :, None])[:, :, 0], b, iterations)
+            torch.testing.assert_close(z, torch.linalg.solve(matrix, b), rtol=1e-8, atol=1e-8)
+        short = conjugate_residuals(lambda v, m=matrix: (m @ v[:, :, None])[:, :, 0], b, 2)
+        assert (short - z).abs().max() > 1e-3 and not short[3].any()
+    assert conjugate_residuals(lambda v: v, b[:0], 3).shape == (0, 5)
+
+
+def test_the_residual_never_grows() -> None:
+    """Also for matrices with eigenvalues of both signs, as networks make them."""
+    g = torch.Generator().manual_seed(0)
+    M = torch.randn(8, 6, 6, dtype=F64, generator=g)
+    b = torch.randn(8, 6, dtype=F64, generator=g)
+    before = b.norm(dim=1)
+    for iterations in range(1, 7):
+        z = conjugate_residuals(lambda v: (M @ v[:, :, None])[:, :, 0], b, iterations)
+        residual = (b - (M @ z[:, :, None])[:, :, 0]).norm(dim=1)
+        assert (residual <= before * (1 + 1e-9)).all()
+        before = residual
 
 
 def test_scales_and_intervals() -> None:

@@ -47,8 +47,8 @@ def linear_inverse(
     y           what A makes of data: (m,) or (B, m) for a matrix, else with a batch axis, of 1 or B entries
     noise_var   variance of the noise of y, >= 0
     scale       a number or a function of noise level
-    iterations  at most so many conjugate gradients, with a backward pass each; as many as A C A^T has
-                different eigenvalues solve for v exactly
+    iterations  at most so many, with a backward pass each, by which v is found; as many as A C A^T has
+                different eigenvalues find it exactly
 
     On Gaussian data it is the denoiser of `law.posterior(y, A, noise_var)`, exactly; on mixtures it is not,
     since it takes what is left of all components for one Gaussian.
@@ -128,7 +128,7 @@ class Matched:
 
     def __call__(self, m: Measured) -> Tensor:
         ratio = like(m.sde.sigma(m.t) ** 2 / m.sde.alpha(m.t), m.error)
-        return conjugate_gradients(
+        return conjugate_residuals(
             lambda v: self.noise_var * v + ratio * m.A(m.pull(v)), m.error, self.iterations
         )
 
@@ -145,7 +145,7 @@ class Isotropic:
         alpha, sigma = m.sde.alpha(m.t), m.sde.sigma(m.t)
         r2 = like(self.data_var * sigma**2 / (alpha**2 * self.data_var + sigma**2), m.error)
         _, transposed, _ = pullback(lambda x: (m.A(x), x), m.zero)
-        return conjugate_gradients(
+        return conjugate_residuals(
             lambda v: self.noise_var * v + r2 * m.A(transposed(v)), m.error, self.iterations
         )
 
@@ -231,17 +231,23 @@ class Matrix:
         return flat @ self.matrix.to(x).mT
 
 
-def conjugate_gradients(apply: Pull, b: Tensor, iterations: int) -> Tensor:
-    """`apply^-1 b` for every sample of b (B, ...), apply symmetric and positive; once it is solved, the rest
-    changes nothing (Hestenes and Stiefel 1952).
+def conjugate_residuals(apply: Pull, b: Tensor, iterations: int) -> Tensor:
+    """`apply^-1 b` for every sample of b (B, ...), by the least residual in the span of b, apply b, ...
+
+    Exact after as many iterations as apply has different eigenvalues if it is symmetric and positive; the
+    Jacobians of networks are neither, and then the residual still never grows, where conjugate gradients run
+    away (Eisenstat, Elman and Schultz 1983, doi 10.1137/0720023).
     """
-    z, r, p, square = torch.zeros_like(b), b, b, dot(b, b)
-    for _ in range(min(iterations, b[0:1].numel() if len(b) else 0)):
-        q = apply(p)
-        step = like(quotient(square, dot(p, q)), b)
-        z, r = z + step * p, r - step * q
-        before, square = square, dot(r, r)
-        p = r + like(quotient(square, before), b) * p
+    z, r = torch.zeros_like(b), b
+    steps: list[tuple[Tensor, Tensor]] = []
+    for _ in range(min(iterations, b[0:1].numel())):
+        p, q = r, apply(r)
+        for earlier, image in steps:
+            along = like(quotient(dot(q, image), dot(image, image)), b)
+            p, q = p - along * earlier, q - along * image
+        steps.append((p, q))
+        length = like(quotient(dot(r, q), dot(q, q)), b)
+        z, r = z + length * p, r - length * q
     return z
 
 
