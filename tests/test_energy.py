@@ -121,14 +121,14 @@ def test_the_score_of_a_potential_is_minus_the_gradient_of_its_energy(sde, predi
 def test_a_conservative_network_is_trained_by_the_usual_loss(device) -> None:
     """The gradients reach the weights through the gradient, and the Jacobian stays symmetric."""
     torch.manual_seed(0)
-    network = networks.Gradient(networks.MLP(2, hidden=32, layers=1)).to(device)
+    network = networks.Gradient(networks.MLP(2, hidden=24, layers=1)).to(device)
     model = Denoiser(network, VP, "velocity").to(device)
     optimizer, exact = torch.optim.Adam(model.parameters(), 5e-3), LAW.denoiser(VP).to(device)
     g = torch.Generator().manual_seed(1)
 
     def batch() -> tuple[Tensor, Tensor, Tensor]:
-        t = losses.uniform(VP, torch.rand(512, generator=g, dtype=F64)).to(device)
-        return LAW.sample(512, generator=g).float().to(device), torch.randn(512, 2, generator=g).to(device), t
+        t = losses.uniform(VP, torch.rand(256, generator=g, dtype=F64)).to(device)
+        return LAW.sample(256, generator=g).float().to(device), torch.randn(256, 2, generator=g).to(device), t
 
     x0, eps, t = batch()
     x_t = VP.marginal(x0, t)[0] + VP.marginal(x0, t)[1] * eps
@@ -137,12 +137,12 @@ def test_a_conservative_network_is_trained_by_the_usual_loss(device) -> None:
         return float((model.velocity(x_t, t) - exact.velocity(x_t, t)).detach().square().mean())
 
     before = error()
-    for _ in range(50):
+    for _ in range(40):
         loss = losses.denoising(model, *batch(), losses.snr_plus_one).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert error() < 0.4 * before
+    assert error() < 0.5 * before
     model.double()
     x = x0[:1].double()
     J = torch.func.jacrev(lambda x: model(x[None], 0.3)[0])(x[0])
