@@ -82,9 +82,9 @@ class Control:
         return (total(squares) / squares.shape[1]).sqrt()
 
 
-def factor(error: Tensor, order: Tensor | float, growth: Tensor | float) -> Tensor:
-    """(n,) factors for a step: `SAFETY error^(-1/order)` in [SHRINK, growth]; SHRINK if not finite."""
-    wanted = SAFETY * (-error.clamp_min(1e-10).log() / order).exp()
+def factor(error: Tensor, order: Tensor | float, growth: Tensor | float, safety: float = SAFETY) -> Tensor:
+    """(n,) factors for a step: `safety error^(-1/order)` in [SHRINK, growth]; SHRINK if not finite."""
+    wanted = safety * (-error.clamp_min(1e-10).log() / order).exp()
     return torch.where(error.isfinite(), wanted.clamp(min=SHRINK).clamp(max=growth), SHRINK)
 
 

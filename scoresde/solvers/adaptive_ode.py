@@ -22,6 +22,7 @@ from .base import Callback, Card, Samples, evaluating
 
 START = 0.1  # first step, as a part of one at which Euler's rule would meet the tolerance
 EAGER, SMOOTH = 5.0, 1.5  # growth of a step while the order rises, and after
+SAFETY = 0.65  # smaller than for one-step methods: a rejected step is a call lost, and errors are uneven
 
 GAUSS = tuple(torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(4))  # exact to degree 7
 
@@ -77,6 +78,49 @@ class ODEState(State):
     nodes: Tensor
     outputs: Tensor
     known: Tensor
+
+
+@dataclass
+class RankedState(ODEState):
+    """And the order (n,) of the next step, at most `known`."""
+
+    order: Tensor
+
+
+def differences(nodes: Tensor, outputs: Tensor, orders: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """(M, n, ...) corrector minus predictor of the `orders` p (M, n): integrals over [start, stop] of the
+    polynomials through nodes 0..p, of which 0 is the new one, minus of those through 1..p. Not finite where
+    two of these nodes are the same."""
+    slots = torch.arange(nodes.shape[1], device=nodes.device)
+    reach = slots <= orders[..., None]
+    both = torch.stack([reach, reach & (slots > 0)])
+    all_nodes, starts, stops = (
+        v.expand(*both.shape[:2], *v.shape).flatten(0, 2) for v in (nodes, start, stop)
+    )
+    w = integrals(all_nodes, both.flatten(0, 2), starts, stops).view(both.shape)
+    gaps = [
+        sum(like(w_j, v) * v for w_j, v in zip(w_p.unbind(1), outputs.unbind(1), strict=True))
+        for w_p in w[0] - w[1]
+    ]
+    return torch.stack(gaps)
+
+
+def next_step(near: Tensor, errors: Tensor, accepted: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """(order, factor of the step), both (n,), from the `errors` (3, n) of the orders `near` (3, n), which are
+    one less than the present order, itself, and one more; `known` (n,) outputs were there before the step.
+
+    The order moves to where the error is smallest; at the start it rises with every step, as long as its
+    error is not above that of the order below. After a rejected step it does not rise.
+    """
+    _, order, higher = near
+    usable = torch.where((near <= known) & errors.isfinite(), errors, math.inf)
+    usable[2] = torch.where(accepted, usable[2], math.inf)
+    smallest = usable.argmin(0, keepdim=True)
+    rising = accepted & (order == known) & (higher > order) & (errors[1] <= errors[0])
+    pick = torch.where(rising, 1, smallest)
+    judged, error = near.gather(0, pick)[0], errors.gather(0, pick)[0]
+    growth = torch.where(rising, EAGER, torch.where(accepted, SMOOTH, 1.0))
+    return torch.where(rising, higher, judged), factor(error, judged + 1.0, growth, SAFETY)
 
 
 @dataclass(frozen=True)
@@ -152,7 +196,7 @@ class AdaptiveODE:
         attempt = partial(self._attempt, ledger, flow, end, dense)
         return ledger.run(state, goal, attempt, limit, flow.denoised, callback)
 
-    def _begin(self, ledger: Ledger, flow: Flow, x: Tensor, first: float, goal: Tensor) -> ODEState:
+    def _begin(self, ledger: Ledger, flow: Flow, x: Tensor, first: float, goal: Tensor) -> RankedState:
         t = torch.full((len(x),), first, dtype=torch.float64, device=x.device)
         s, y = flow.log_u(t), x / like(flow.scale(t), x)
         slope = ledger.evaluate(FLOW, x, t)
@@ -160,9 +204,12 @@ class AdaptiveODE:
         h = START * (goal - s) / euler.clamp_min(1.0).sqrt()
         empty = torch.zeros_like(x)[:, None].expand(-1, self.order, *x.shape[1:])
         nodes, outputs = s.exp()[:, None].repeat(1, self.order + 1), torch.cat([slope[:, None], empty], 1)
-        return ODEState(t, s, x, h, finite(slope), nodes, outputs, torch.ones_like(ledger.active))
+        one = torch.ones_like(ledger.active)
+        return RankedState(t, s, x, h, finite(slope), nodes, outputs, one, one)
 
-    def _attempt(self, ledger: Ledger, flow: Flow, end: Tensor, dense: Tensor, state: ODEState) -> ODEState:
+    def _attempt(
+        self, ledger: Ledger, flow: Flow, end: Tensor, dense: Tensor, state: RankedState
+    ) -> RankedState:
         """One step of every running sample: Adams-Bashforth, one call, Adams-Moulton of one order more.
 
         The call is not repeated at the corrected state (PEC): it is the newest node if the step is accepted.
@@ -170,34 +217,36 @@ class AdaptiveODE:
         goal = flow.log_u(end)
         s = state.target(goal)
         t = torch.where(s == goal, end, alone(flow.time, s))
-        u, u_new = state.nodes[:, 0], s.exp()
+        u, u_new, order = state.nodes[:, 0], s.exp(), state.order
         y, scale = state.x / like(flow.scale(state.t), state.x), flow.scale(t)
-        order = state.known.clamp(max=self.order)
-        used = torch.arange(self.order + 1, device=t.device) < order[:, None]
-        predicted = y + integrate(state.nodes, state.outputs, used, u, u_new)
+        slots = torch.arange(self.order + 1, device=t.device)
+        predicted = y + integrate(state.nodes, state.outputs, slots < order[:, None], u, u_new)
         slope = ledger.evaluate(FLOW, predicted * like(scale, y), t)
         nodes = torch.cat([u_new[:, None], state.nodes[:, :-1]], 1)
         outputs = torch.cat([slope[:, None], state.outputs[:, :-1]], 1)
-        used = torch.cat([torch.ones_like(used[:, :1]), used[:, :-1]], 1)
-        corrected = y + integrate(nodes, outputs, used, u, u_new)
-        error = self.control.error(corrected - predicted, y, corrected)
-        accepted = error <= 1
+        near = torch.stack([order - 1, order, order + 1]).clamp(1, self.order)
+        gaps = differences(nodes, outputs, near, u, u_new)
+        corrected = predicted + gaps[1]
+        errors = torch.stack([self.control.error(gap, y, corrected) for gap in gaps])
+        accepted = errors[1] <= 1
         for t_r, states in zip(self.at, dense, strict=True):
             # The corrector's polynomial, integrated to the wanted time.
             rows = (accepted & ((t_r - state.t) * (t_r - t) <= 0)).nonzero()[:, 0]
             t_wanted = torch.full_like(t, t_r)
+            used = slots <= order[:, None]
             value = y + integrate(nodes, outputs, used, u, flow.log_u(t_wanted).exp())
             states[ledger.active[rows]] = (value * like(flow.scale(t_wanted), y))[rows]
-        growth = torch.where(state.known < self.order, EAGER, SMOOTH)
-        return ODEState(
+        new_order, change = next_step(near, errors, accepted, state.known)
+        return RankedState(
             torch.where(accepted, t, state.t),
             torch.where(accepted, s, state.s),
             per_sample(accepted, corrected * like(scale, y), state.x),
-            (s - state.s) * factor(error, order + 1.0, growth),
+            (s - state.s) * change,
             finite(slope),
             per_sample(accepted, nodes, state.nodes),
             per_sample(accepted, outputs, state.outputs),
             state.known + accepted,
+            new_order,
         )
 
 
@@ -205,16 +254,17 @@ def adaptive_ode(
     rtol: float = 1e-4,
     atol: float = 1e-4,
     *,
-    order: int = 5,
+    order: int = 6,
     max_calls: int = 1000,
     at: Sequence[float] = (),
 ) -> AdaptiveODE:
     """The probability-flow ODE with steps chosen for each sample by itself, from noise to data or back.
 
-    A variable-step Adams predictor of `order` 1..6 and a corrector of one order more (Hairer, Norsett and
-    Wanner 1993, chapter III.5) on `dy = E[eps - x_0 | x] du`, `y = x/(alpha + sigma)`, `u = sigma/(alpha +
-    sigma)`: one network call a step. What is kept below 1 is their difference, root mean square over the
-    sample in units of `atol + rtol |y|`.
+    A variable-step Adams predictor and a corrector of one order more (Hairer, Norsett and Wanner 1993,
+    chapter III.5) on `dy = E[eps - x_0 | x] du`, `y = x/(alpha + sigma)`, `u = sigma/(alpha + sigma)`: one
+    network call a step. What is kept below 1 is their difference, root mean square over the sample in units
+    of `atol + rtol |y|`. The order of the predictor, from 1 to `order`, follows the same difference for the
+    orders next to it (Shampine and Gordon 1975): where the flow turns quickly a low one does better.
 
     max_calls  of the network. A sample that has not arrived by then, whose step underflows, or whose network
                returns NaN or Inf keeps its last state, and `Samples.status` says so
@@ -226,7 +276,7 @@ def adaptive_ode(
     and limits.
     """
     if isinstance(order, bool) or order not in range(1, 7):
-        raise ValueError(f"expected an order in 1..6 (higher ones lose to instability), found {order!r}")
+        raise ValueError(f"expected a highest order in 1..6, found {order!r}")
     reference = "Hairer, Norsett and Wanner 1993, chapter III.5"
     card = Card(None, None, 1, False, reference, frozenset(), "data", memory=order + 1)
     return AdaptiveODE(order, Control(rtol, atol, max_calls), tuple(float(t) for t in at), card)

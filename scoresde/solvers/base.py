@@ -98,6 +98,7 @@ class TableSolver:
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.options)})"
 
+    @torch.no_grad()
     def tableau(self, sde: LinearSDE, times: Grid | Tensor) -> Tableau:
         """The table for `sde` on a Grid or a decreasing tensor of times. Raises ValueError for a stochastic
         solver on a reversed grid."""
