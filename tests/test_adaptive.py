@@ -7,8 +7,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,12 +20,12 @@ from torch import Tensor
 from benchmarks.problems import problem
 from scoresde import grids, sample
 from scoresde.denoiser import BaseDenoiser, Denoiser
-from scoresde.laws import Gaussian
+from scoresde.laws import Gaussian, Mixture
 from scoresde.noise import Noise
 from scoresde.schedules import Cosine, Sigmoid
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
 from scoresde.solvers.adaptive_control import SAFETY, SHRINK, STATUS, Control, State, alone, factor, total
-from scoresde.solvers.adaptive_ode import AdaptiveODE, Flow, adaptive_ode, integrals
+from scoresde.solvers.adaptive_ode import AdaptiveODE, Flow, adaptive_ode, differences, integrals, next_step
 from scoresde.solvers.adaptive_sde import AdaptiveSDE, SDEState, adaptive_sde
 
 F64 = torch.float64
@@ -216,15 +218,84 @@ def test_every_order_meets_its_tolerance(order, unchecked):
     drawn = adaptive_ode(tol, tol, order=order).solve(law.denoiser(VP), x, ends(VP))
     assert drawn.status == OK
     assert float((drawn.x - flow(law, VP, x, 1.0, 1e-3)).abs().max()) <= 10 * tol
-    # measured 35 at tol 1e-3, and 77, 47, 39, 38, 41 at 1e-5
-    assert drawn.network_calls <= (42, 85, 52, 43, 42, 46)[order - 1]
+    # measured 42 at tol 1e-3, and 93, 55, 45, 41, 40 at 1e-5
+    assert drawn.network_calls <= (46, 102, 60, 49, 45, 44)[order - 1]
 
 
-@pytest.mark.parametrize(("name", "mean", "largest"), [("ring", 32, 42), ("anisotropic", 40, 46)])
+def test_differences_are_corrector_minus_predictor_of_each_order():
+    """Against the integrals of numpy's polynomials, with the new node first."""
+    nodes = torch.tensor([[0.3, 0.45, 0.5, 0.62, 0.7], [0.8, 0.66, 0.5, 0.41, 0.3]], dtype=F64)
+    outputs, orders = normals(2, 5, 3), torch.tensor([[1, 2], [2, 3], [4, 1]])
+    found = differences(nodes, outputs, orders, nodes[:, 1], nodes[:, 0])
+
+    def integral(i: int, first: int, p: int) -> np.ndarray:
+        u, v = nodes[i, first : p + 1].numpy(), outputs[i, first : p + 1].numpy()
+        whole = np.polynomial.polynomial.polyint(np.polynomial.polynomial.polyfit(u, v, len(u) - 1))
+        ends = (np.polynomial.polynomial.polyval(float(nodes[i, k]), whole) for k in (0, 1))
+        return next(ends) - next(ends)
+
+    for m, i in np.ndindex(3, 2):
+        p = int(orders[m, i])
+        expected = integral(i, 0, p) - integral(i, 1, p)
+        np.testing.assert_allclose(found[m, i].numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_order_moves_to_the_smallest_error_and_rises_at_the_start():
+    """Columns: starting, starting with errors that rise, settled (down, stay, up), rejected (up is not free),
+    an order of which too little is known, the highest and the lowest."""
+    near = torch.tensor(
+        [[2, 3, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4], [5, 6, 6], [1, 1, 2]]
+    ).T
+    errors = torch.tensor(
+        [
+            [0.3, 0.2, math.nan],
+            [0.2, 0.3, math.nan],
+            [0.1, 0.2, 0.3],
+            [0.3, 0.1, 0.2],
+            [0.3, 0.2, 0.1],
+            [3.0, 2.0, 0.1],
+            [0.5, 0.4, 0.1],
+            [0.3, 0.2, 0.2],
+            [0.2, 0.2, 0.3],
+        ],
+        dtype=F64,
+    ).T
+    known = torch.tensor([3, 3, 9, 9, 9, 9, 3, 9, 9])
+    order, change = next_step(near, errors, errors[1] <= 1, known)
+    assert order.tolist() == [4, 2, 2, 3, 4, 3, 4, 6, 1]
+    judged = torch.tensor([0.2, 0.2, 0.1, 0.1, 0.1, 2.0, 0.4, 0.2, 0.2], dtype=F64)
+    power = torch.tensor([4, 3, 3, 4, 5, 4, 4, 7, 2], dtype=F64)
+    growth = torch.tensor([5.0, 1.5, 1.5, 1.5, 1.5, 1.0, 5.0, 1.5, 1.5], dtype=F64)
+    torch.testing.assert_close(change, torch.minimum(0.65 * judged ** (-1 / power), growth))
+    # a lower order whose step would have been accepted does not make a rejected one longer
+    down, change = next_step(
+        near[:, :1], torch.tensor([[1e-9], [2.0], [0.1]], dtype=F64), known[:1] < 0, known[:1]
+    )
+    assert down.tolist() == [2] and change.tolist() == [1.0]
+
+
+def test_the_order_falls_where_the_flow_turns_quickly(unchecked):
+    """Two narrow modes, from between them."""
+    law = Mixture(torch.tensor([0.5, 0.5], dtype=F64), torch.tensor([[-1.0], [1.0]], dtype=F64), 1e-4)
+    orders: list[int] = []
+
+    class Watched(AdaptiveODE):
+        def _attempt(self, ledger, flow, end, dense, state):
+            orders.append(int(state.order[0]))
+            return super()._attempt(ledger, flow, end, dense, state)
+
+    plain = adaptive_ode(1e-4, 1e-4)
+    solver = Watched(plain.order, plain.control, (), plain.card)
+    drawn = solver.solve(law.denoiser(VP), torch.full((1, 1), 0.01, dtype=F64), ends(VP))
+    assert drawn.status == OK and orders[:3] == [1, 2, 3]
+    assert max(orders) >= 4 and any(b < a for a, b in pairwise(orders))
+
+
+@pytest.mark.parametrize(("name", "mean", "largest"), [("ring", 30, 37), ("anisotropic", 37, 42)])
 def test_ode_needs_half_the_calls_of_scipy_at_rms_1e_4(name, mean, largest, unchecked):
-    """scipy's RK45 takes about 84 and 92 calls where its error is 1e-4 (benchmarks/adaptive.py)."""
+    """scipy's RK45 takes about 85 calls on both where its error is 1e-4 (benchmarks/adaptive.py)."""
     law = problem(name)
-    model, x, tol = law.denoiser(VP), normals(48, law.dim), 2.5e-4 if name == "ring" else 1e-4
+    model, x, tol = law.denoiser(VP), normals(48, law.dim), 5e-4 if name == "ring" else 4e-4
     reference = adaptive_ode(1e-8, 1e-8, order=6).solve(model, x, ends(VP))
     drawn = adaptive_ode(tol, tol).solve(model, x, ends(VP))
     assert reference.status == drawn.status == OK

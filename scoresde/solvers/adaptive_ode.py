@@ -141,6 +141,7 @@ class AdaptiveODE:
         """Steps follow the tolerance, not the grid: 1, for the two ends."""
         return 1
 
+    @torch.no_grad()
     def solve(
         self,
         model: BaseDenoiser,
@@ -168,7 +169,7 @@ class AdaptiveODE:
         inside = [t for t in self.at if t != last]
         if not all(min(first, stop) <= t <= max(first, stop) for t in inside):
             raise ValueError(f"expected times `at` between {first} and {stop}, found {self.at}")
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             ledger = Ledger(model, x)
             dense = x.new_full((len(self.at), *x.shape), math.nan)
             path = self._integrate(ledger, x, (first, stop), dense, callback, noiseless)
@@ -225,15 +226,15 @@ class AdaptiveODE:
         nodes = torch.cat([u_new[:, None], state.nodes[:, :-1]], 1)
         outputs = torch.cat([slope[:, None], state.outputs[:, :-1]], 1)
         near = torch.stack([order - 1, order, order + 1]).clamp(1, self.order)
+        used = slots <= order[:, None]
+        corrected = y + integrate(nodes, outputs, used, u, u_new)
         gaps = differences(nodes, outputs, near, u, u_new)
-        corrected = predicted + gaps[1]
         errors = torch.stack([self.control.error(gap, y, corrected) for gap in gaps])
         accepted = errors[1] <= 1
         for t_r, states in zip(self.at, dense, strict=True):
             # The corrector's polynomial, integrated to the wanted time.
             rows = (accepted & ((t_r - state.t) * (t_r - t) <= 0)).nonzero()[:, 0]
             t_wanted = torch.full_like(t, t_r)
-            used = slots <= order[:, None]
             value = y + integrate(nodes, outputs, used, u, flow.log_u(t_wanted).exp())
             states[ledger.active[rows]] = (value * like(flow.scale(t_wanted), y))[rows]
         new_order, change = next_step(near, errors, accepted, state.known)

@@ -77,6 +77,7 @@ class AdaptiveSDE:
         """Steps follow the tolerance, not the grid: 1, for the two ends."""
         return 1
 
+    @torch.no_grad()
     def solve(
         self,
         model: BaseDenoiser,
@@ -111,7 +112,7 @@ class AdaptiveSDE:
         stop = min(float(sde.default_end), first) if noiseless else last
         end = torch.tensor(stop, dtype=torch.float64, device=x.device)
         path = []
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             ledger = Ledger(model, x)
             if len(ledger.active):
                 t = torch.full((len(x),), first, dtype=torch.float64, device=x.device)

@@ -95,6 +95,7 @@ class ScipyODE:
         """Steps follow the tolerance, not the grid: 1, for the two ends."""
         return 1
 
+    @torch.no_grad()
     def solve(
         self,
         model: BaseDenoiser,
@@ -120,7 +121,7 @@ class ScipyODE:
         denoise = no_noise(model.sde, last)
         stop = min(float(model.sde.default_end), first) if denoise else last
         nodes = grid.t[:-1].tolist() if callback else []
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             parts = one_by_one(model, len(x)) if self.per_sample else [(slice(None), model)]
             runs = [
                 self._integrate(part, x[rows], first, stop, nodes, denoise)

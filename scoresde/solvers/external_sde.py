@@ -145,6 +145,7 @@ class TorchSDE:
         check_calls(calls, self.card.calls_per_step + start, self)
         return (calls - start) // self.card.calls_per_step
 
+    @torch.no_grad()
     def solve(
         self,
         model: BaseDenoiser,
@@ -169,7 +170,7 @@ class TorchSDE:
                 "where the SDE has infinite rates; start a little below"
             )
         run = self._adaptive if self.adaptive else self._fixed
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             return run(model, x, grid, noise, callback, started)
 
     def _fixed(

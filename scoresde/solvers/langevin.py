@@ -101,6 +101,7 @@ class PredictorCorrector:
     def _calls(self, steps: int) -> int:
         return self.predictor.calls(steps) + self.corrector_steps * steps
 
+    @torch.no_grad()
     def solve(
         self,
         model: BaseDenoiser,
@@ -127,7 +128,7 @@ class PredictorCorrector:
         table = self.predictor.tableau(model.sde, grid)
         watch, path = Watch(repr(self), x), []
         correct = self._corrector(model, x, grid, table, noise, watch)
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             rows = model.rows(table.times[:-1], x)
 
             def before(k: int, state: Tensor, F: Tensor) -> None:
@@ -383,6 +384,7 @@ def _clock(t: float, x: Tensor) -> Tensor:
     return torch.tensor(t, dtype=torch.float64, device=x.device)
 
 
+@torch.no_grad()
 def _checked(model: BaseDenoiser, x: Tensor, t: float, step: float | Tensor, steps: int) -> Tensor:
     """The step as a float64 tensor of shape () or (B,), after checking the arguments."""
     try:

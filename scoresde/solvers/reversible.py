@@ -44,6 +44,7 @@ class Reversible:
         check_calls(calls, self.card.calls_per_step, self)
         return calls // self.card.calls_per_step
 
+    @torch.no_grad()
     def solve(
         self,
         model: BaseDenoiser,
@@ -65,7 +66,7 @@ class Reversible:
         y, z = (copy / scale[0] for copy in from_pair(x))
         undo = bool(grid.t[0] < grid.t[-1])
         path = []
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             for k in range(len(grid)):
                 if callback is not None:
                     kept = callback(
