@@ -279,5 +279,6 @@ def adaptive_ode(
     if isinstance(order, bool) or order not in range(1, 7):
         raise ValueError(f"expected a highest order in 1..6, found {order!r}")
     reference = "Hairer, Norsett and Wanner 1993, chapter III.5"
-    card = Card(None, None, 1, False, reference, frozenset(), "data", memory=order + 1)
+    properties = frozenset({"marginal_exact", "clock_free", "scale_covariant"})
+    card = Card(None, None, 1, False, reference, properties, "data", memory=order + 1)
     return AdaptiveODE(order, Control(rtol, atol, max_calls), tuple(float(t) for t in at), card)

@@ -175,5 +175,6 @@ def adaptive_sde(rtol: float = 0.05, atol: float = 0.025, *, max_calls: int = 20
     network must not remember its batch. Raises ValueError for other tolerances and limits.
     """
     reference = "Jolicoeur-Martineau et al. 2021, arXiv:2105.14080; Rackauckas and Nie 2017"
-    card = Card(None, None, 1, True, reference, frozenset(), "data", memory=2)
+    properties = frozenset({"marginal_exact", "clock_free"})  # the tolerance is in units of x
+    card = Card(None, None, 1, True, reference, properties, "data", memory=2)
     return AdaptiveSDE(Control(rtol, atol, max_calls), card)

@@ -236,7 +236,8 @@ def predictor_corrector(
     inner = predictor.card
     noisy = inner.stochastic or corrector_steps > 0
     calls = inner.calls_per_step + corrector_steps
-    card = Card(None, None, calls, noisy, SONG, frozenset(), inner.final, inner.memory)
+    kept = inner.properties & {"clock_free"} if corrector_steps else inner.properties
+    card = Card(None, None, calls, noisy, SONG, kept, inner.final, inner.memory)
     return PredictorCorrector(predictor, corrector_steps, snr, norm, card)
 
 

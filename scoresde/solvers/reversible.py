@@ -121,7 +121,7 @@ def reversible(order: int = 2, coupling: float = 0.999) -> Reversible:
     check_numbers(coupling=coupling)
     if order not in (1, 2) or not 0 < coupling <= 1:
         raise ValueError(f"expected order 1 or 2 and 0 < coupling <= 1, found {order}, {coupling}")
-    properties = frozenset({"clock_free", "scale_covariant"})
+    properties = frozenset({"marginal_exact", "clock_free", "scale_covariant"})
     return Reversible(
         order,
         coupling,
