@@ -53,6 +53,7 @@ from scoresde import (
     discretize,
     encode,
     grids,
+    guidance,
     sample,
     schedules,
     solvers,
@@ -390,6 +391,21 @@ def test_b7_batches_of_networks_differ_by_rounding_only(make):
         assert float((part - whole[:batch]).abs().max() / whole.abs().max()) < 1e-5
 
 
+def quadratic(x: Tensor, t: Tensor) -> Tensor:
+    """log p(y | x) for every sample by itself, elementwise."""
+    return -0.5 * (x - 1).square()[:, 0]
+
+
+@pytest.mark.parametrize("solver", [solvers.ddim(), solvers.ddpm(), solvers.adaptive_ode()], ids=repr)
+def test_b2b_guidance_of_a_sample_does_not_depend_on_its_mates(solver):
+    model = guidance.classifier(elementwise(), quadratic, 2.0)
+    x, noise = start(4, 3)
+    large = torch.cat([x[:1], 20 * x[1:]])
+    whole = solver.solve(model, large, grids.uniform(VP, 10), noise=noise).x
+    alone = solver.solve(model, x[:1], grids.uniform(VP, 10), noise=Noise.of(0, [0], dtype=F64)).x
+    assert torch.equal(alone, whole[:1])
+
+
 def test_e6_memory_format_does_not_change_the_noise():
     x, noise = start(2, 3, 4, 4, dtype=torch.float32)
     grid = grids.uniform(VP, 5)
@@ -457,6 +473,16 @@ def test_e8_sampling_keeps_no_graph():
         assert torch.is_grad_enabled()
         drawn = sample(model, (2, 3), solver, steps=50)
         assert not drawn.x.requires_grad and drawn.x.grad_fn is None and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_e9_guidance_has_its_gradient_in_every_mode(around):
+    model = guidance.classifier(elementwise(), quadratic, 2.0)
+    expected = sample(model, (2, 3), solvers.ddim(), steps=4).x
+    with around():
+        drawn = sample(model, (2, 3), solvers.ddim(), steps=4).x
+    assert torch.equal(drawn, expected)
+    assert not torch.equal(drawn, sample(elementwise(), (2, 3), solvers.ddim(), steps=4).x)
 
 
 # ---- D: solvers that do not end, or hide that they failed
@@ -667,6 +693,24 @@ def test_e5b_times_that_count_are_no_mask(dtype):
     if dtype == torch.uint8:
         mean, _ = DDPM(HO).marginal(torch.ones(2, 3), t)  # an index, of any integer type
         assert mean.shape == (2, 3) and abs(float(mean[0, 0]) - math.sqrt(1 - 1e-4)) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e38])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16, torch.float32])
+def test_e7_guidance_that_overflows_is_named_and_the_large_one_of_half_networks_is_finite(scale, half):
+    network = Shifted().to(half)
+    model = guidance.classifier_free(Denoiser(network, VP, "data"), scale, null={"shift": torch.zeros(2, 1)})
+    try:
+        drawn = sample(model, (2, 3), solvers.ddim(), steps=4, condition={"shift": torch.ones(2, 1)})
+    except FloatingPointError as error:
+        assert scale == 1e38 and "NaN or Inf" in str(error)
+    else:
+        assert bool(drawn.x.isfinite().all()) and drawn.x.dtype == torch.float32
+
+
+class Shifted(Scaled):
+    def forward(self, x, time, shift):
+        return self.weight * (x + shift.to(x.dtype))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5])
