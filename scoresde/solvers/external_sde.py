@@ -295,7 +295,7 @@ def torchsde_solver(
     atol: float = 1e-2,
     *,
     per_sample: bool = False,
-    max_calls: int = 10000,
+    max_calls: int = 2000,
 ) -> TorchSDE:
     """The reverse SDE by `torchsde.sdeint` (Li et al. 2020, arXiv:2001.01328; Kidger et al. 2021,
     arXiv:2105.13493).
