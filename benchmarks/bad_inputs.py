@@ -783,7 +783,7 @@ def _files() -> Iterator[Case]:
     yield Case(
         "checkpoint.save(own schedule)",
         lambda: checkpoint.save(
-            folder / "a", Denoiser(networks.MLP(2), VPSDE(schedule=type("Own", (schedules.Linear,), {})()))
+            folder / "a", Denoiser(model.network, VPSDE(schedule=type("Own", (schedules.Linear,), {})()))
         ),
     )
     for name in ("load", "describe"):

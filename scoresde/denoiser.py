@@ -150,7 +150,7 @@ class BaseDenoiser(nn.Module):
         """The view `target` of this denoiser at x, t."""
         t = wide(t)
         a, b = determined(*view(target, DATA, self.sde.alpha(t), self.sde.sigma(t)), t, target.name)
-        return like(a, x) * x + like(b, x) * self(x, t, **cond)
+        return like(a, x) * x + like(b, x) * checked(self(x, t, **cond), x)
 
     def noise(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """E[eps | x_t] = (x - alpha D)/sigma."""

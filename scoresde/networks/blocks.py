@@ -63,10 +63,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        if channels % heads:
-            raise ValueError(
-                f"heads: expected a divisor of the {channels} channels to attend over, found {heads}."
-            )
+        check_heads(channels, heads)
         self.heads = heads
         self.norm = norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -155,6 +152,14 @@ def attended_levels(attention: Sequence[int], levels: int) -> set[int]:
             f"(the deepest), found {list(attention)}."
         )
     return {level % levels for level in attention}
+
+
+def check_heads(channels: int, heads: int) -> None:
+    """ValueError unless the channels can be shared out among the heads."""
+    if channels % heads:
+        raise ValueError(
+            f"heads: expected a divisor of the {channels} channels to attend over, found {heads}."
+        )
 
 
 def check_image(x: Tensor, channels: int, levels: int) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
-from scoresde.networks.blocks import Block, Encoder, attended_levels, norm, zeros_
+from scoresde.networks.blocks import Block, Encoder, attended_levels, check_heads, norm, zeros_
 from scoresde.networks.embeddings import Conditioning, check_time
 
 
@@ -80,6 +80,9 @@ class UNet(nn.Module):
             **{f"multipliers[{level}]": m for level, m in enumerate(multipliers)}, levels=len(multipliers)
         )
         check_dropout(dropout)
+        attended = attended_levels(attention, len(multipliers))
+        for level in attended:  # before any weight is drawn
+            check_heads(base * multipliers[level], heads)
         self.config: dict[str, Any] = {
             "channels": channels,
             "base": base,
@@ -100,7 +103,6 @@ class UNet(nn.Module):
             width, classes=classes, vector_dim=vector_dim, embedding=embedding, time_input=time_input
         )
         self.encoder = Encoder(channels, base, multipliers, blocks, attention, heads, dropout, width)
-        attended = attended_levels(attention, len(multipliers))
         skips = list(self.encoder.out_channels)
         h = skips[-1]
         deepest_heads = heads if len(multipliers) - 1 in attended else None
