@@ -7,7 +7,7 @@ A case is a call that must not return. It is
               exist), after at most one network call
     obscure   if it ends in any other exception
     silent    if it returns
-    hang      if it takes more than `LIMIT` seconds
+    hang      if it takes more than `LIMIT` seconds of CPU time
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ from scoresde import (
     checkpoint,
     decode,
     encode,
+    energy,
     grids,
+    guidance,
+    likelihood,
     losses,
     networks,
     sample,
@@ -111,8 +114,17 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:35]}...{text[-22:]}"
 
 
+def import_all() -> None:
+    """What is imported where it is first used; that takes seconds, and adds warning filters."""
+    import scipy.integrate  # noqa: F401
+    import torchsde  # noqa: F401
+
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+
+
 def cases() -> list[Case]:
     """All of them."""
+    import_all()
     found = [
         *_schedules(),
         *_processes(),
@@ -122,6 +134,8 @@ def cases() -> list[Case]:
         *_grids(),
         *_solvers(),
         *_sampling(),
+        *_guided(),
+        *_densities(),
         *_noise(),
         *_tables(),
         *_networks(),
@@ -586,6 +600,102 @@ def _sampling() -> Iterator[Case]:
     yield Case("reversible to end=0", lambda: sample(law, (2, 2), solvers.reversible(), steps=4, end=0.0))
 
 
+def _guided() -> Iterator[Case]:
+    law = Gaussian([0.0, 1.0], 0.5).denoiser(VPSDE())
+    x, models, scales = torch.zeros(2, 2), (None, nn.Linear(2, 2), "model"), (NAN, INF, "2", None)
+
+    def log_prob(x: Tensor, t: Tensor) -> Tensor:
+        return -x.square().sum(1)
+
+    by_classifier = {"model": law, "log_prob": log_prob, "scale": 1.0}
+    yield from varied(
+        "guidance.classifier",
+        guidance.classifier,
+        by_classifier,
+        model=models,
+        log_prob=(None, 3),
+        scale=scales,
+    )
+    for name, wrong in {
+        "one number": lambda x, t: x.sum(),
+        "a number an element": lambda x, t: -x.square(),
+    }.items():
+        call = functools.partial(sample, guidance.classifier(law, wrong), (2, 2), solvers.ddim(), steps=3)
+        yield Case(f"guidance by a log_prob of {name}", call)
+    free = {"model": Denoiser(Linear(), VPSDE()), "scale": 2.0, "null": {"label": torch.tensor(-1)}}
+    yield from varied(
+        "guidance.classifier_free",
+        guidance.classifier_free,
+        free,
+        model=models,
+        scale=scales,
+        null=({}, None, "label", [1]),
+        rescale=(-0.1, 1.1, NAN),
+    )
+    yield Case(
+        "guidance.classifier_free without a condition",
+        lambda: sample(guidance.classifier_free(**free), (2, 2), solvers.ddim(), steps=3),  # pyright: ignore
+    )
+    yield from varied(
+        "guidance.interval",
+        guidance.interval,
+        {"scale": 1.0, "low": 0.1, "high": 1.0},
+        scale=scales[:2],
+        low=(NAN, 2.0),
+    )
+    seen = {"model": law, "A": lambda x: x[:, :1], "y": torch.zeros(2, 1), "noise_var": 0.1}
+    for name in ("linear_inverse", "pigdm", "dps"):
+        make = getattr(guidance, name)
+        yield from varied(
+            f"guidance.{name}", make, seen, model=models, noise_var=(-1.0, NAN, INF), scale=scales
+        )
+    painted = {"model": law, "mask": torch.tensor([True, False]), "y": x}
+    yield from varied("guidance.inpaint", guidance.inpaint, painted, model=models, noise_var=(-1.0, NAN))
+    yield from varied(
+        "energy.product", energy.product, {"models": [law, law]}, models=([], [None], [law, nn.Linear(2, 2)])
+    )
+    yield from varied(
+        "energy.mixture",
+        energy.mixture,
+        {"models": [law, law]},
+        models=([], [None]),
+        weights=([1.0], [-1.0, 2.0]),
+    )
+
+
+def _densities() -> Iterator[Case]:
+    law = Gaussian([0.0, 1.0], 0.5).denoiser(VPSDE())
+    good = {"model": law, "x": torch.zeros(2, 2)}
+    yield from varied(
+        "likelihood.log_prob",
+        likelihood.log_prob,
+        good,
+        x=(torch.zeros(2, 2).long(), torch.zeros(2), torch.zeros(2, 3)),
+        end=(NAN, 2.0, 1.0, -0.5),
+        tolerance=(0.0, -1.0, NAN),
+        order=(0, 9, 2.5),
+        max_calls=COUNTS,
+        ids=([0], [0.5, 1.0]),
+        seed=(0.5, 2**64),
+    )
+    yield from varied(
+        "likelihood.elbo",
+        likelihood.elbo,
+        {**good, "decoder": likelihood.GaussianDecoder()},
+        x=(torch.zeros(2, 2).long(), torch.zeros(2)),
+        end=(NAN, 0.0, 2.0),
+        draws=COUNTS,
+        ids=([0],),
+    )
+    steps = (*POSITIVE, INF)
+    yield from varied(
+        "likelihood.DiscreteDecoder",
+        likelihood.DiscreteDecoder,
+        {"step": 0.1, "low": -1.0, "high": 1.0},
+        step=steps,
+    )
+
+
 def _noise() -> Iterator[Case]:
     good = {"seed": 0, "batch": 2}
     yield from varied(
@@ -804,21 +914,21 @@ def _files() -> Iterator[Case]:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """TimeoutError after so many seconds; on POSIX, in the main thread."""
+    """TimeoutError after so many seconds of CPU time; on POSIX, in the main thread."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def ring(number: int, frame: Any) -> None:
-        raise TimeoutError(f"not back after {seconds} s")
+        raise TimeoutError(f"not back after {seconds} s of CPU time")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def judge(case: Case) -> Outcome:

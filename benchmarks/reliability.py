@@ -575,9 +575,8 @@ def manners(quick: bool) -> Iterator[Line]:
 
     with tempfile.TemporaryDirectory() as name:
         calls = public_calls(model, Path(name), quick)
-        for label, call in calls.items():
-            if label in ("train", "progress") or "scipy" in label or "torchsde" in label:
-                call()  # other libraries add warning filters when they are first imported
+        bad_inputs.import_all()
+        calls["progress"]()
         for around in (torch.enable_grad, torch.no_grad, torch.inference_mode):
             with around():
                 for label, call in calls.items():
