@@ -179,11 +179,13 @@ def flow_law(scale: float, u0: float, u1: float, start: Gaussian, noise: bool) -
     return m + ratio * (float(start.mean) - m) + drive, ratio**2 * float(start.cov) + spread
 
 
-@pytest.mark.parametrize("scale", [-0.5, 0.5, 1.0, 2.0, 5.0])
 @pytest.mark.parametrize(
-    ("solver", "steps", "tolerance"),
-    [(solvers.dpmpp(3), 150, 1e-4), (solvers.sde_dpmpp(2), 150, 4e-3)],
-    ids=["ODE", "SDE"],
+    ("scale", "solver", "steps", "tolerance"),
+    [
+        *((scale, solvers.dpmpp(3), 100, 3e-4) for scale in (-0.5, 0.5, 2.0, 5.0)),
+        *((scale, solvers.sde_dpmpp(2), 100, 1e-2) for scale in (0.5, 2.0)),
+    ],
+    ids=repr,
 )
 def test_the_law_at_other_scales_is_the_documented_one(scale, solver, steps, tolerance, unchecked) -> None:
     lam = (-4.0, 3.0)
@@ -243,9 +245,9 @@ def test_an_observed_mixture_has_the_right_weights(unchecked) -> None:
     law = MIXTURE.posterior(0.3, [[1.0]], 0.5)
     prior, exact = MIXTURE.denoiser(VP), law.denoiser(VP)
     model = guidance.classifier(prior, lambda x, t: exact.log_prob(x, t) - prior.log_prob(x, t))
-    grid = grids.log_snr(VP, 200, 1e-3)
-    x = torch.linspace(-3.2, 3.2, 21, dtype=F64)[:, None]
-    end = solvers.dpmpp(3).solve(model, x, grid).x[:, 0]
+    grid = grids.log_snr(VP, 180, 1e-3)
+    x = torch.linspace(-3.2, 3.2, 11, dtype=F64)[:, None]
+    end = solvers.unipc(3).solve(model, x, grid).x[:, 0]
     started, ended = cdf(law.marginal(VP, 1.0), x[:, 0]), cdf(law.marginal(VP, 1e-3), end)
     assert (started - ended).abs().max() < 1e-6
     # The valleys between the components, where the weights can be read, are among them.
@@ -361,7 +363,7 @@ def test_the_guided_loop_is_one_graph(device, unchecked) -> None:
     model, classifier, label = networks_of(torch.float32, device)
     free = guidance.classifier_free(model, 3.0, null={"label": -1}).given(label=label)
     for guided in (guidance.classifier(model, classifier.log_prob(label), 2.0), free):
-        table = solvers.ddpm().tableau(VP, grids.log_snr(VP, 4))
+        table = solvers.ddpm().tableau(VP, grids.log_snr(VP, 2))
         x, z = draw(device, torch.float32, 4, 3), draw(device, torch.float32, 4, 4, 3, seed=1)
         rows = guided.rows(table.times[:-1], x)
         numbers = coefficients(table, rows, x.dtype)
@@ -391,7 +393,7 @@ def test_samples_do_not_see_each_other(device, dtype, unchecked) -> None:
     """Also where samples leave the batch: their labels leave with them."""
     model, classifier, label = networks_of(torch.promote_types(dtype, torch.float32), device)
     x = draw(device, model.dtype, 4, 3)
-    for solver in (solvers.dpmpp(2), solvers.adaptive_ode(rtol=1e-3, atol=1e-3), solvers.scipy_ode()):
+    for solver in (solvers.dpmpp(2), solvers.adaptive_ode(rtol=1e-2, atol=1e-2)):
 
         def run(rows: slice, solver=solver) -> Tensor:
             guided = guidance.classifier(model, classifier.log_prob(label[rows]), 2.0)
@@ -399,7 +401,7 @@ def test_samples_do_not_see_each_other(device, dtype, unchecked) -> None:
             return solver.solve(both, x[rows], grids.log_snr(VP, 6)).x
 
         together = run(slice(None))
-        for i in range(4):
+        for i in (0, 2):
             torch.testing.assert_close(run(slice(i, i + 1)), together[i : i + 1], rtol=1e-4, atol=1e-4)
 
 
@@ -524,17 +526,17 @@ class TwoLaws(BaseDenoiser):
 
 @pytest.mark.parametrize("doubled", [False, True])
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 0.4, 1.0, 3.0, guidance.ramp(0.0, 4.0, -2.0, 4.0)])
-def test_both_kinds_of_guidance_agree(scale, doubled) -> None:
+def test_both_kinds_of_guidance_agree(scale, doubled, unchecked) -> None:
     """With exact models: D_null + scale (D_cond - D_null) is guidance by the classifier at that scale."""
     free = guidance.classifier_free(TwoLaws(), scale, null={"label": -1}, doubled=doubled)
     x, t, label = f64(-0.5, 0.3, 1.2)[:, None], f64(0.1, 0.5, 1.0), torch.zeros(3, dtype=torch.long)
     for view in (DATA, NOISE, SCORE, VELOCITY, FLOW):
         found, expected = free.as_view(view, x, t, label=label), guided(scale).as_view(view, x, t)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    sampled = sample(free, (3, 1), solvers.dpmpp(2), steps=10, condition={"label": label}, dtype=F64)
+    sampled = sample(free, (3, 1), solvers.dpmpp(2), steps=4, condition={"label": label}, dtype=F64)
     torch.testing.assert_close(
         sampled.x,
-        sample(guided(scale), (3, 1), solvers.dpmpp(2), steps=10, dtype=F64).x,
+        sample(guided(scale), (3, 1), solvers.dpmpp(2), steps=4, dtype=F64).x,
         rtol=1e-8,
         atol=1e-8,
     )
