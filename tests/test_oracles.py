@@ -13,8 +13,6 @@ so 1e-6 there. Where a public sampler is wrong, a test shows it.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,11 +22,12 @@ import torch
 from torch import Tensor
 
 from scoresde import EDM, VPSDE, grids, schedules, solvers
-from scoresde.denoiser import Rows
+from scoresde.laws import Gaussian
 from scoresde.sde import LinearSDE
 from scoresde.solvers.singlestep import Stage, singlestep_table
 from scoresde.solvers.weights import step_weights
-from scoresde.tableau import Tableau, join, run
+from scoresde.tableau import Tableau, join
+from scoresde.testing import check_order, check_rotation, check_sampler_exact_law, check_weak_order
 
 peers = pytest.importorskip(
     "benchmarks.peers", reason="run from the root of the repository, with `python -m pytest`"
@@ -334,62 +333,103 @@ def plms(sde: LinearSDE, t: Tensor) -> Tableau:
     return Tableau(times, 1 / sigma, -alpha / sigma, keep, mix, torch.zeros_like(keep), "plms")
 
 
-# Where the other is wrong
+# As black boxes: the exact law of their output on Gaussian data, and their order
 
 
-def observed_order(peer: Callable, order: int, steps: tuple[int, ...] = (40, 80, 160, 320)) -> float:
-    """Convergence on one-dimensional Gaussians, from lam = -2 to 1, the largest error of several. The first
-    step is cut into `40 order` pieces, in which the low order of the start does not show.
-    """
+DATA = Gaussian(torch.tensor([0.7, -0.3]), torch.tensor([[0.5, 0.2], [0.2, 1.3]]))
+
+
+def box(peer: Callable, sde: LinearSDE | None = None) -> Callable:
+    """A peer as scoresde.testing takes samplers."""
+
+    def sampler(denoise, x, times, noise):
+        return peer(peers.Task(sde or VPSDE(), times, denoise, lambda k: noise()), x)
+
+    return sampler
+
+
+CERTIFIED = {
+    **{f"k-diffusion {name}": case for name, case in K_DIFFUSION.items()},
+    **{f"azula {name}": case for name, case in AZULA.items()},
+    **{f"diffusers {name}": case for name, case in DIFFUSERS.items()},
+}
+
+
+@both(CERTIFIED)
+def test_exact_law(peer, solver):
     sde = VPSDE()
-    mean, var = (
-        torch.tensor([0.7, -0.3, 0.4, 0.9, -1.0], dtype=torch.float64),
-        torch.tensor([0.04, 0.15, 0.5, 1.3, 2.0], dtype=torch.float64),
-    )
-    y = torch.tensor([-1.5, 0.2, 1.1], dtype=torch.float64)[:, None]
-    errors = []
-    for n in steps:
-        fine = -2 + 3 / n * torch.arange(1, 40 * order) / (40 * order)
-        lam = torch.cat([torch.tensor([-2.0]), fine, torch.linspace(-2, 1, n + 1)[1:]]).double()
-        t = sde.time(2 * lam)
-
-        def denoise(x: Tensor, time: Tensor) -> Tensor:
-            a, s = sde.alpha(time), sde.sigma(time)
-            return mean + a * var / (a**2 * var + s**2) * (x - a * mean)
-
-        def at(node: Tensor) -> Tensor:
-            a, s = sde.alpha(node), sde.sigma(node)
-            return a * mean + (a**2 * var + s**2).sqrt() * y
-
-        end = peer(peers.Task(sde, t, denoise), at(t[0]))
-        errors.append(float((end - at(t[-1])).abs().max()))
-    rates = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    return rates[-1]
+    t = uneven(sde, 8)
+    check_sampler_exact_law(box(peer), solver.tableau(sde, t).law(DATA, sde), DATA, sde, t, tolerance=EXACT)
 
 
-def ours_as_peer(solver: solvers.TableSolver) -> Callable:
-    def peer(task, x: Tensor) -> Tensor:
-        table = solver.tableau(task.sde, task.t)
-        rows = Rows(lambda state, k: task.denoise(state, task.t[k]), [0.0] * len(table), [1.0] * len(table))
-        return run(table, rows, x, None)
+@both(DPM_SOLVER)
+def test_exact_law_of_a_sampler_in_float32(peer, solver):
+    sde = VPSDE()
+    t = grids.log_snr(sde, 8).t
+    expected = solver.tableau(sde, t).law(DATA, sde)
+    check_sampler_exact_law(box(peer), expected, DATA, sde, t, tolerance=1e-5)
 
-    return peer
+
+def test_the_exact_law_tells_neighbours_apart():
+    sde = VPSDE()
+    t = uneven(sde, 8)
+    for peer, wrong in (
+        (K_DIFFUSION["dpmpp_2m"][0], solvers.dpmpp(2)),
+        (K_DIFFUSION["dpmpp_2m_sde heun 1.0"][0], solvers.sde_dpmpp(2, rule="bh2")),
+        (DIFFUSERS["UniPC 2 bh1 data"][0], solvers.unipc(2, "bh2")),
+    ):
+        with pytest.raises(AssertionError, match=r"of the output is the expected one: measured"):
+            check_sampler_exact_law(
+                box(peer), wrong.tableau(sde, t).law(DATA, sde), DATA, sde, t, tolerance=1e-5
+            )
 
 
 @pytest.mark.parametrize(
     ("peer", "order"),
     [
-        pytest.param(
-            K("dpmpp_3m_sde", eta=0.0),
-            2,
-            id="k-diffusion dpmpp_3m_sde: the second difference lacks a factor 2",
-        ),
+        pytest.param(K("euler"), 1, id="k-diffusion euler"),
+        pytest.param(K("heun"), 2, id="k-diffusion heun"),
+        pytest.param(K("dpmpp_2m"), 2, id="k-diffusion dpmpp_2m"),
+        pytest.param(K("lms", order=4), 4, id="k-diffusion lms 4"),
+        pytest.param(D("DEISMultistepScheduler", solver_order=3), 3, id="diffusers DEIS 3"),
+        pytest.param(D("UniPCMultistepScheduler", solver_order=2), 3, id="diffusers UniPC 2"),
         pytest.param(A("xEABSampler", order=3), 3, id="azula xEAB 3"),
-        pytest.param(ours_as_peer(solvers.dpmpp(3)), 3, id="ours, exact"),
-        pytest.param(ours_as_peer(solvers.dpmpp(3, rule="half3")), 2, id="ours, as published"),
-        pytest.param(A("REABSampler", order=2), 1, id="azula REAB 2: sigma_t in place of sigma_s"),
-        pytest.param(A("REABSampler", order=3), 1, id="azula REAB 3: sigma_t in place of sigma_s"),
     ],
 )
-def test_order_of_third_order_code(peer, order):
-    assert abs(observed_order(peer, 3) - order) < 0.2
+def test_order_of_right_code(peer, order):
+    check_order(box(peer), order)
+    check_rotation(box(peer), VPSDE())
+
+
+# Where the other is wrong
+
+
+@pytest.mark.parametrize(
+    ("peer", "claimed", "measured"),
+    [
+        pytest.param(
+            K("dpmpp_3m_sde", eta=0.0),
+            3,
+            r"(1\.9|2\.0)",
+            id="k-diffusion dpmpp_3m_sde: the second difference lacks a factor 2",
+        ),
+        pytest.param(A("REABSampler", order=2), 2, r"(0\.9|1\.0)", id="azula REAB 2: sigma_t for sigma_s"),
+        pytest.param(A("REABSampler", order=3), 3, r"(0\.9|1\.0)", id="azula REAB 3: sigma_t for sigma_s"),
+    ],
+)
+def test_order_of_wrong_code(peer, claimed, measured):
+    with pytest.raises(AssertionError, match=rf"order {claimed}, measured {measured}"):
+        check_order(box(peer), claimed)
+
+
+def test_weak_order_of_wrong_code():
+    """diffusers' third-order sde-dpmsolver++ has the sign of its first difference wrong; its second order has
+    not, and neither has k-diffusion's third."""
+    sde_dpm = partial(DPM, algorithm_type="sde-dpmsolver++")
+    steps = (80, 160, 320)
+    check_weak_order(
+        box(sde_dpm(solver_order=2, solver_type="heun")), 2, steps=steps, rounding=1e-3, tolerance=0.3
+    )
+    check_weak_order(box(K("dpmpp_3m_sde", eta=1.0)), 2, steps=steps, tolerance=0.3)
+    with pytest.raises(AssertionError, match=r"weak order 2, measured (0\.9|1\.0)"):
+        check_weak_order(box(sde_dpm(solver_order=3)), 2, steps=steps, rounding=1e-3)

@@ -148,6 +148,7 @@ def execute(
     started = time.perf_counter() if started is None else started
     path: list[Any] = []
     with torch.no_grad(), evaluating(model):
+        x = x.clone()  # dense: kernels round differently on strided and expanded states
         rows = model.rows(table.times[:-1], x)
         bad = None if x.device.type == "cpu" else torch.full((), len(table), device=x.device)
         guard = finite_guard(table) if bad is None else _device_guard(bad)

@@ -101,6 +101,20 @@ def run_sampler(
         return sampler(model, x.clone(), times, lambda *args, **kwargs: draw(tuple(x.shape))).double()
 
 
+def zero_noise(k: int, shape: Any) -> Tensor:
+    """No noise at all."""
+    return torch.zeros(tuple(shape), dtype=torch.float64)
+
+
+def is_stochastic(sampler: Any, sde: LinearSDE, denoise: Denoise, x: Tensor, times: Tensor) -> bool:
+    """Whether the noise that a sampler asks for changes its output; some ask, and multiply it by zero."""
+    one, two = (
+        run_sampler(sampler, sde, denoise, x, times, Noise.of(seed, batch=len(x), dtype=torch.float64))
+        for seed in (0, 1)
+    )
+    return not torch.equal(one, two)
+
+
 class Response(NamedTuple):
     """A sampler as a linear form, for flattened events of D numbers: `x_end = constant + start x + sum_k
     noises_k z_k`, of shapes (D,), (D, D), (K, D, D)."""

@@ -19,7 +19,7 @@ from ..laws import Gaussian
 from ..schedules import Time
 from ..sde import LinearSDE
 from . import orders
-from .black_box import run_sampler, sampler_law
+from .black_box import is_stochastic, run_sampler, sampler_law, zero_noise
 from .solver_checks import check_batch, check_rotation
 
 STEPS = 10
@@ -74,12 +74,11 @@ def certify(
     Whatever the sampler raises is a verdict, not an error of this function.
     """
     started = time.perf_counter()
-    noises: list[int] = []
     checks: dict[str, Callable[[], Finding]] = {
-        f"calls, noises in {STEPS} steps": lambda: _counts(sampler, sde, noises),
+        f"calls, noises in {STEPS} steps": lambda: _counts(sampler, sde),
         "finite in 1, 2, 3, 10, 100 steps": lambda: _finite(sampler, sde),
         "law of a point mass kept": lambda: _point_mass(sampler, sde, tolerance),
-        "order (weak, if stochastic)": lambda: _order(sampler, sde, order, bool(noises)),
+        "order (weak, if stochastic)": lambda: _order(sampler, sde, order, tolerance),
         "exact law, error in 25, 100 steps": lambda: _law(sampler, sde, tolerance),
         "a sample is the same in any batch": lambda: _holds(check_batch, sampler, sde, tolerance, "FAIL"),
         "rotations commute with it": lambda: _holds(check_rotation, sampler, sde, tolerance, "no"),
@@ -102,9 +101,8 @@ def _data() -> Gaussian:
     return Gaussian(torch.tensor(orders.MEANS), torch.tensor(orders.VARIANCES))
 
 
-def _counts(sampler: Any, sde: LinearSDE, noises: list[int]) -> Finding:
-    """Calls and noises; the indices of the noises are left in `noises`."""
-    exact, calls = _data().denoiser(sde), []
+def _counts(sampler: Any, sde: LinearSDE) -> Finding:
+    exact, calls, noises = _data().denoiser(sde), [], []
 
     def denoise(x: Tensor, t: Time) -> Tensor:
         calls.append(t)
@@ -112,10 +110,9 @@ def _counts(sampler: Any, sde: LinearSDE, noises: list[int]) -> Finding:
 
     def noise(k: int, shape: Any) -> Tensor:
         noises.append(k)
-        return torch.zeros(tuple(shape), dtype=torch.float64)
+        return zero_noise(k, shape)
 
-    times = log_snr(sde, STEPS).t
-    run_sampler(sampler, sde, denoise, torch.ones(1, 5, dtype=torch.float64), times, noise)
+    run_sampler(sampler, sde, denoise, torch.ones(1, 5, dtype=torch.float64), log_snr(sde, STEPS).t, noise)
     return "-", f"{len(calls)}, {len(noises)}", ""
 
 
@@ -142,8 +139,11 @@ def _point_mass(sampler: Any, sde: LinearSDE, tolerance: float) -> Finding:
     return "pass" if gap <= tolerance else "no", f"{gap:.1e}", f"<= {tolerance:g}"
 
 
-def _order(sampler: Any, sde: LinearSDE, claimed: int | None, stochastic: bool) -> Finding:
-    measure, name = (orders.weak_order, "weak_order") if stochastic else (orders.order, "order")
+def _order(sampler: Any, sde: LinearSDE, claimed: int | None, tolerance: float) -> Finding:
+    x, times = torch.ones(1, 5, dtype=torch.float64), log_snr(sde, STEPS).t
+    stochastic = is_stochastic(sampler, sde, _data().denoiser(sde), x, times)
+    weak = partial(orders.weak_order, rounding=tolerance)
+    measure, name = (weak, "weak_order") if stochastic else (orders.order, "order")
     if claimed is None:
         claimed = getattr(getattr(sampler, "card", None), name, None)
     found = measure(sampler, sde)

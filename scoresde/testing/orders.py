@@ -25,7 +25,7 @@ from ..noise import BrownianPath, Noise
 from ..schedules import Time, wide
 from ..sde import VPSDE, LinearSDE
 from ..tableau import Tableau
-from .black_box import run_sampler, sampler_law
+from .black_box import is_stochastic, run_sampler, sampler_law, zero_noise
 
 STEPS = (40, 80, 160, 320)
 WEAK_STEPS = (160, 320, 640)
@@ -132,9 +132,12 @@ def order(
     start, see the exact trajectory; of any other solver the first steps are tiny. (A method that starts by
     itself has a first step of order 1, hence is only of second order.)
 
-    Raises ValueError for a table with noise; see `weak_order` and `strong_order`.
+    Raises ValueError for a solver with noise; see `weak_order` and `strong_order`.
     """
     sde, problem = sde or VPSDE(), problem or gaussians()
+    denoise, coarse = Gaussian(torch.zeros(1), 0.5).denoiser(sde), even_grid(sde, 4, span).t
+    if is_stochastic(solver, sde, denoise, torch.ones(1, 1, dtype=torch.float64), coarse):
+        raise ValueError(f"expected a deterministic solver, found noise in {solver}; measure weak_order")
     measure = _error_of_table if hasattr(solver, "tableau") else _error_of_run
     gaps = [np.abs(measure(solver, sde, problem, n, span)) for n in steps]
     return _slope(steps, [float(gap.max()) for gap in gaps], problem.cases[int(gaps[-1].argmax())])
@@ -145,8 +148,6 @@ def _error_of_table(
 ) -> np.ndarray:
     memory = solver.tableau(sde, even_grid(sde, 4, span)).mix.shape[1]
     table = solver.tableau(sde, even_grid(sde, steps, span, before=memory))
-    if bool(table.noise.any()):
-        raise ValueError(f"expected a deterministic solver, found noise in {table.name}; measure weak_order")
     alpha, lam = sde.alpha(table.times).tolist(), (0.5 * sde.log_snr(table.times)).tolist()
     seeded = next(k for k, value in enumerate(lam) if value > span[0] + 1e-9)
     x = propagate(
@@ -168,11 +169,8 @@ def _error_of_run(
         y = (x.double() / sde.alpha(t)).flatten().numpy()
         return torch.from_numpy(problem.denoised(y, 0.5 * float(sde.log_snr(t)))).to(x).reshape(x.shape)
 
-    def refuse(k: int, shape: Any) -> Tensor:
-        raise ValueError(f"expected a deterministic solver, found noise in {solver}; measure weak_order")
-
     start = alpha[0] * torch.from_numpy(problem.solution(lam[0]))[None]
-    x = run_sampler(solver, sde, denoise, start, grid.t, refuse)
+    x = run_sampler(solver, sde, denoise, start, grid.t, zero_noise)
     return (x.flatten() / alpha[-1]).numpy() - problem.solution(lam[-1])
 
 
@@ -181,6 +179,7 @@ def weak_order(
     sde: LinearSDE | None = None,
     steps: Sequence[int] = WEAK_STEPS,
     span: tuple[float, float] = SPAN,
+    rounding: float = 1e-9,
 ) -> Measured:
     """Weak order of a stochastic solver, by exact law: slope of the largest error of mean and variance of y
     at the end.
@@ -188,6 +187,7 @@ def weak_order(
     The run starts from the exact marginal and builds its history by itself: the one step of first order with
     which a multistep solver begins costs O(h^2), so weak orders up to 2 are seen, and not more. More steps
     than for `order`, because terms of the ODE's higher order fade slowly where there is little noise.
+    `rounding` is the `tolerance` of `black_box.response`.
     """
     sde, law = sde or VPSDE(), Gaussian(torch.tensor(MEANS), torch.tensor(VARIANCES))
     errors, gaps = [], torch.zeros(0)
@@ -197,7 +197,7 @@ def weak_order(
         if hasattr(solver, "tableau"):
             found = solver.tableau(sde, grid).law(law, sde, prior=start)
         else:
-            found = sampler_law(solver, law, sde, grid.t, start=start)
+            found = sampler_law(solver, law, sde, grid.t, start=start, tolerance=rounding)
         alpha = sde.alpha(grid.t[-1])
         gaps = torch.cat([(found.mean - truth.mean) / alpha, (found.variance - truth.variance) / alpha**2])
         errors.append(float(gaps.abs().max()))

@@ -39,15 +39,16 @@ def check_tableau(
     variable: Variable | None = None,
     calls: int | None = None,
 ) -> None:
-    """A table is finite, moves through time, keeps the law of a point mass, and its rows without noise
-    integrate polynomials of degree < `order` in `variable` (half-log-SNR by default): `check_finite`,
-    `check_times`, `check_point_mass` and `check_row_order` together. `calls`: what `len(table)` should be.
+    """A table is finite, moves through time, keeps the law of a point mass, and (with an order, for tables
+    without noise) integrates polynomials of degree < `order` in `variable`, half-log-SNR by default:
+    `check_finite`, `check_times`, `check_point_mass` and `check_row_order` together. `calls`: what
+    `len(table)` should be.
     """
     holds("a row for each call", calls is None or len(table) == calls, rows=len(table), calls=calls)
     check_finite(table)
     check_times(table, sde)
     check_point_mass(table, sde)
-    if not bool(table.noise.any()):
+    if order > 1:
         check_row_order(table, sde, order, variable)
 
 
@@ -233,11 +234,12 @@ def check_weak_order(
     *,
     steps: Sequence[int] = orders.WEAK_STEPS,
     span: tuple[float, float] = SPAN,
+    rounding: float = 1e-9,
     tolerance: float = 0.15,
 ) -> Measured:
     """The mean and variance of a stochastic solver converge with this order (1 or 2), by default the one on
     its card, by its exact law; see `orders.weak_order`. Returns what was measured."""
-    found = orders.weak_order(solver, sde, steps, span)
+    found = orders.weak_order(solver, sde, steps, span, rounding)
     return _same_order("weak order", solver, _claimed(solver, "weak_order", order), found, steps, tolerance)
 
 
