@@ -155,6 +155,7 @@ def _check_parts(
         raise TypeError(f"expected a function of a Step as callback, found {callback!r}")
 
 
+@torch.no_grad()
 def _check_prior(sde: LinearSDE, t: float) -> None:
     """Warn if N(alpha x_0, sigma^2) is far from N(0, prior_std^2), x_0 of mean square 1."""
     signal, noise = (float(v / sde.prior_std) ** 2 for v in (sde.alpha(t), sde.sigma(t)))

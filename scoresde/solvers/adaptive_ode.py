@@ -65,10 +65,15 @@ def integrals(nodes: Tensor, used: Tensor, start: Tensor, stop: Tensor) -> Tenso
 
 def integrate(nodes: Tensor, outputs: Tensor, used: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     """int_start^stop of the polynomial through the `used` ones of the outputs (n, P, ...), in their dtype."""
-    integral = torch.zeros_like(outputs[:, 0])
-    for w, v in zip(integrals(nodes, used, start, stop).unbind(1), outputs.unbind(1), strict=True):
-        integral = integral + like(w, v) * v
-    return integral
+    return weighted(integrals(nodes, used, start, stop), outputs)
+
+
+def weighted(weights: Tensor, outputs: Tensor) -> Tensor:
+    """sum_j w_j v_j of the outputs v (n, P, ...) with weights (n, P), in the dtype of v."""
+    total = torch.zeros_like(outputs[:, 0])
+    for w, v in zip(weights.unbind(1), outputs.unbind(1), strict=True):
+        total = total + like(w, v) * v
+    return total
 
 
 @dataclass
@@ -98,11 +103,7 @@ def differences(nodes: Tensor, outputs: Tensor, orders: Tensor, start: Tensor, s
         v.expand(*both.shape[:2], *v.shape).flatten(0, 2) for v in (nodes, start, stop)
     )
     w = integrals(all_nodes, both.flatten(0, 2), starts, stops).view(both.shape)
-    gaps = [
-        sum(like(w_j, v) * v for w_j, v in zip(w_p.unbind(1), outputs.unbind(1), strict=True))
-        for w_p in w[0] - w[1]
-    ]
-    return torch.stack(gaps)
+    return torch.stack([weighted(each, outputs) for each in w[0] - w[1]])
 
 
 def next_step(near: Tensor, errors: Tensor, accepted: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
