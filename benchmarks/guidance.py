@@ -15,7 +15,9 @@ spread     median distance of a sample to the nearest other one of its class, ov
            digits; mean over the classes
 
 Goals: by a classifier accuracy >= 0.95, without >= 0.97, at a scale with distance <= 1.3 and spread >= 0.8.
-Writes results/guidance.md, .json and .png.
+Writes results/guidance.md, .json and .png, and results/guidance_inverse.png, the only thing that
+`python -m benchmarks.guidance --inverse` makes: digits of which the upper half is known, and paths between
+the latents of two digits of one class.
 """
 
 from __future__ import annotations
@@ -135,9 +137,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=1200, help="training steps of the classifier")
     parser.add_argument("--each", type=int, default=40, help="samples of each class")
+    parser.add_argument("--inverse", action="store_true", help="only the pictures of inverse problems")
     options = parser.parse_args()
     data = digits.load()
     model = checkpoint.load(HERE / "digits.safetensors").float().eval()
+    picture({**inverse(model, data), **between(model, data)}, "guidance_inverse.png")
+    if options.inverse:
+        return
     label = digits.labels(options.each * digits.CLASSES)
     started = time.perf_counter()
     classifier = trained_classifier(data.train, model.sde, options.steps)
@@ -166,12 +172,13 @@ def main() -> None:
         )
 
     shown = {name: x for name, x in pictures.items() if name in pictures_worth_it(rows)}
-    write(
-        rows,
-        noisy,
-        {"real": data.held_out.x[:20], **shown, **inverse(model, data), **between(model, data)},
-        options,
-    )
+    write(rows, noisy, options)
+    picture({"real": data.held_out.x[:20], **shown}, "guidance.png")
+
+
+def picture(rows: dict[str, Tensor], name: str) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    plots.image_rows(rows, columns=20, title="guidance on digits").savefig(RESULTS / name, dpi=110)
 
 
 def pictures_worth_it(rows: list[Row]) -> list[str]:
@@ -221,9 +228,7 @@ def between(model: BaseDenoiser, data: digits.Digits) -> dict[str, Tensor]:
     return found
 
 
-def write(
-    rows: list[Row], noisy: dict[float, float], pictures: dict[str, Tensor], options: argparse.Namespace
-) -> None:
+def write(rows: list[Row], noisy: dict[float, float], options: argparse.Namespace) -> None:
     lines = [
         "| method | scale | judge accuracy | distance | spread | seconds | goals |",
         "|---|---|---|---|---|---|---|",
@@ -252,9 +257,6 @@ def write(
     (RESULTS / "guidance.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     record = {"rows": [row._asdict() for row in rows], "guide": noisy, "options": vars(options)}
     (RESULTS / "guidance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    plots.image_rows(pictures, columns=20, title="guidance on digits").savefig(
-        RESULTS / "guidance.png", dpi=110
-    )
     print("\n".join(lines))
 
 

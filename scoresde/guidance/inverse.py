@@ -107,8 +107,8 @@ def dps_normed(model: BaseDenoiser, A: Operator, y: Tensor, *, zeta: Scale = 1.0
 
 
 class Measured(NamedTuple):
-    """What a rule for v may use: `error = y - A D` (B, ...), `pull(v) = (dD/dx)^T A^T v`, x_0's shape in
-    `zero` (B, ...), and the times (), (B,) on the device.
+    """What a rule for v may use: times of shape () or (B,), `error = y - A D` (B, ...), `pull(v)`, which is
+    `(dD/dx)^T A^T v`, and a state of zeros.
     """
 
     sde: LinearSDE
