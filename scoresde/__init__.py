@@ -17,7 +17,7 @@ from . import (
 from .ddpm import DDPM, discretize
 from .denoiser import BaseDenoiser, Denoiser, Karras
 from .grids import Grid
-from .sampling import decode, encode, sample
+from .sampling import decode, encode, sample, slerp
 from .sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, ReverseSDE, SubVPSDE
 from .solvers import Samples
 from .tableau import Tableau
@@ -53,6 +53,7 @@ __all__ = [
     "noise",
     "sample",
     "schedules",
+    "slerp",
     "solvers",
     "train",
 ]

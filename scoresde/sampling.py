@@ -114,6 +114,37 @@ def decode(
     )
 
 
+def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
+    """Spherical interpolation between latents `a` (weight 0) and `b` (weight 1), both (B, ...): (B, ...) for
+    one weight, (W, B, ...) for weights (W,).
+
+        (sin((1 - w) theta) a + sin(w theta) b)/sin(theta),   theta the angle between a and b of a sample
+
+    Between normal latents in many dimensions it keeps their norm, so that `decode` finds the in-between ones
+    as likely as the ends; the straight line shrinks it (Shoemake 1985; White 2016, arXiv:1609.04468). For
+    parallel latents it is the straight line. Raises ValueError for other shapes.
+    """
+    if a.shape != b.shape or a.ndim < 2:
+        raise ValueError(
+            f"expected two latents of one shape (B, ...), found {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    w = torch.as_tensor(weight, dtype=torch.float64, device=a.device)
+    if w.ndim > 1:
+        raise ValueError(f"expected one weight or weights of shape (W,), found {tuple(w.shape)}")
+    w = w.view(*w.shape, *[1] * a.ndim)
+    first, second = a.double(), b.double()
+    p, q = first.flatten(1), second.flatten(1)
+    norms = (p.norm(dim=1) * q.norm(dim=1)).clamp_min(torch.finfo(torch.float64).tiny)
+    theta = ((p * q).sum(1) / norms).clamp(-1, 1).acos().view(-1, *[1] * (a.ndim - 1))
+    sine = theta.sin()
+    # Without an angle to speak of (or with half a turn, where no way is the shortest): the straight line.
+    flat = sine < 1e-6
+    sine = torch.where(flat, 1, sine)
+    left = torch.where(flat, 1 - w, ((1 - w) * theta).sin() / sine)
+    right = torch.where(flat, w, (w * theta).sin() / sine)
+    return (left * first + right * second).to(a.dtype)
+
+
 def make_grid(
     sde: LinearSDE, grid: GridFunction | Grid | Tensor | None, steps: int, end: float | None
 ) -> Grid:

@@ -25,7 +25,7 @@ from scoresde.grids import Grid
 from scoresde.laws import Gaussian
 from scoresde.networks import UNet
 from scoresde.noise import Noise
-from scoresde.sampling import decode, default_grid, encode, make_grid, sample
+from scoresde.sampling import decode, default_grid, encode, make_grid, sample, slerp
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE, like
 from scoresde.solvers.base import Samples, TableSolver, execute
 from scoresde.tableau import Step
@@ -582,3 +582,45 @@ def test_grid_objects_are_reusable() -> None:
         sample(Normal(), (1, 1), solvers.ddim(), grid=grid).x,
         sample(Normal(), (1, 1), solvers.ddim(), grid=grid).x,
     )
+
+
+def test_slerp_runs_along_the_great_circle():
+    """Equal angles for equal weights, norms in between, the ends exactly; in the dtype of the latents."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 5, 3, 40, generator=generator, dtype=torch.float64)
+    w = torch.linspace(0, 1, 5, dtype=torch.float64)
+    path = slerp(a, b, w)
+    assert path.shape == (5, 5, 3, 40)
+    assert torch.allclose(path[0], a, rtol=0, atol=1e-12) and torch.allclose(path[-1], b, rtol=0, atol=1e-12)
+    unit = slerp(*(z / z.flatten(1).norm(dim=1).view(-1, 1, 1) for z in (a, b)), w).flatten(2)
+    assert torch.allclose(unit.norm(dim=2), torch.ones(5, 5).double())
+    cosines = (unit[1:] * unit[:-1]).sum(2)
+    assert torch.allclose(cosines, cosines[:1].expand(4, 5))
+    assert float((slerp(a, b, 0.5).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)).min()) > 0.9
+    assert float((0.5 * (a + b)).flatten(1).norm(dim=1).max() / a.flatten(1).norm(dim=1).min()) < 0.9
+    assert torch.equal(slerp(a, b, 0.25)[2:3], slerp(a[2:3], b[2:3], 0.25))
+    assert slerp(a.float(), b.float(), 0.5).dtype == torch.float32
+
+
+def test_slerp_without_an_angle():
+    a = torch.tensor([[1.0, 2.0], [0.0, 0.0], [1.0, 0.0]])
+    b = torch.tensor([[2.0, 4.0], [1.0, 1.0], [-1.0, 0.0]])
+    expected = torch.tensor([[1.25, 2.5], [0.25, 0.25], [0.5, 0.0]])
+    found = slerp(a, b, 0.25)
+    assert torch.allclose(found[[0, 2]], expected[[0, 2]]) and bool(found.isfinite().all())
+    for wrong in ((a, b[:2], 0.5), (a[0], b[0], 0.5), (a, b, torch.zeros(2, 2))):
+        with pytest.raises(ValueError, match="expected"):
+            slerp(*wrong)
+
+
+def test_encode_slerp_decode():
+    """Between two data points of a Gaussian, on the ellipse that its flow makes of the circle."""
+    law, sde = Gaussian(torch.zeros(2), torch.tensor([0.04, 1.0])), VP
+    model, solver = law.denoiser(sde), solvers.adaptive_ode(1e-8, 1e-8)
+    x = torch.tensor([[0.2, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    latents = encode(model, x, solver).x
+    middle = decode(model, slerp(latents[:1], latents[1:], 0.5), solver).x
+    variances = sde.alpha(1e-3) ** 2 * torch.tensor([0.04, 1.0]).double() + sde.sigma(1e-3) ** 2
+    spread = (middle.square() / variances).sum()
+    ends = (x.square() / variances).sum(1)
+    assert float(ends.min()) - 1e-3 < float(spread) < float(ends.max()) + 1e-3

@@ -118,6 +118,8 @@ def log_prob(
 
         log p(x) = log N(x_T; 0, prior_std^2 I) + D log(c_T/c_end) + int div_y v du,   c = alpha + sigma.
 
+    Steps are steps in log u.
+
     end         of the process, where x is; default `sde.default_end`
     divergence  `Exact()`, `Hutchinson(count, law)`, `Orthogonal(count)` or `HutchPP(rank, count)`; by default
                 the exact one up to 64 dimensions, then 16 Rademacher probes
@@ -176,10 +178,9 @@ def _log_prob(
     scale, scale_T = flow.scale(start), flow.scale(stop)
     z = torch.cat([x.double().flatten(1) / scale, x.new_zeros(len(x), divergence.columns).double()], 1)
     # What determines the prior gap, first: a network that is not determined at t_max says so at once.
-    origin = field.as_view(FLOW, torch.zeros_like(z), stop)
+    origin = field.model.as_view(FLOW, torch.zeros_like(x, dtype=torch.float64), stop)
     adams = Adams(field, flow, dim, order)
     track = adams.fixed(z, clock) if control is None else adams.adaptive(z, start, stop, control)
-    final = field.as_view(FLOW, track.z.nan_to_num(), stop)
     latent = track.z[:, :dim] * scale_T
     log_prior = -0.5 * (latent / sde.prior_std).square().sum(1) - dim * math.log(
         sde.prior_std * math.sqrt(2 * math.pi)
@@ -190,21 +191,21 @@ def _log_prob(
         probe_values.mean(1),
         divergence.standard_error(probe_values, dim),
         track.error,
-        _prior_gap(sde, stop, latent, final, origin),
+        _prior_gap(sde, stop, latent, track.last, origin.flatten(1)),
         _truncation(sde, start, x.double().flatten(1), track.first),
         probe_values,
         latent.reshape(x.shape),
         float(start),
-        track.calls + 2,
-        track.evaluations + 2,
+        track.calls + 1,
+        track.evaluations + 1,
         time.perf_counter() - started,
         status if len(x) else "ok",
     )
 
 
-def _prior_gap(sde: LinearSDE, t: Tensor, x: Tensor, final: Tensor, origin: Tensor) -> Tensor:
-    """(B,) log p_t(x) - log N(x; 0, prior_std^2 I) where alpha/sigma is small; x (B, D), [v | div_y v] there
-    (`final`) and at x = 0 (`origin`).
+def _prior_gap(sde: LinearSDE, t: Tensor, x: Tensor, last: Tensor, origin: Tensor) -> Tensor:
+    """(B,) log p_t(x) - log N(x; 0, prior_std^2 I) where alpha/sigma is small; x (B, D), [v | u div_y v]
+    there (`last`) and v at x = 0 (`origin`).
 
     `p_t(x)/N(x; 0, sigma^2 I) = E exp(alpha x.x_0/sigma^2 - alpha^2 |x_0|^2/(2 sigma^2))`, whose cumulants up
     to second order are numbers of the denoiser, `D(x) = m + (alpha/sigma^2) S x` to that order:
@@ -214,8 +215,8 @@ def _prior_gap(sde: LinearSDE, t: Tensor, x: Tensor, final: Tensor, origin: Tens
     dim = x.shape[1]
     alpha, sigma, u = sde.alpha(t), sde.sigma(t), Flow(sde).log_u(t).exp()
     scale = alpha + sigma
-    at_x, at_0 = x / scale - u * final[:, :dim], -u * origin[:, :dim]  # D = y - u v
-    div = (dim - u * final[:, dim:].mean(1)) / scale
+    at_x, at_0 = x / scale - u * last[:, :dim], -u * origin  # D = y - u v
+    div = (dim - last[:, dim:].mean(1)) / scale
     signal = 0.5 * alpha / sigma**2
     network = signal * ((x * (at_x + at_0)).sum(1) - alpha * at_0.square().sum(1)) - 0.5 * alpha * div
     width = sigma / sde.prior_std
@@ -223,7 +224,7 @@ def _prior_gap(sde: LinearSDE, t: Tensor, x: Tensor, final: Tensor, origin: Tens
 
 
 def _truncation(sde: LinearSDE, t: Tensor, x: Tensor, first: Tensor) -> Tensor:
-    """(B,) log p_t(x) - log p_0(x) to first order in tau = sigma^2/alpha^2; x (B, D), [v | div_y v] there.
+    """(B,) log p_t(x) - log p_0(x) to first order in tau = sigma^2/alpha^2; x (B, D), [v | u div_y v].
 
     x/alpha is x_0 plus noise of variance tau, whose density obeys d/dtau log p = (div s + |s|^2)/2; the rest
     is the factor alpha between the two.
@@ -231,5 +232,5 @@ def _truncation(sde: LinearSDE, t: Tensor, x: Tensor, first: Tensor) -> Tensor:
     dim = x.shape[1]
     alpha, sigma, u = sde.alpha(t), sde.sigma(t), Flow(sde).log_u(t).exp()
     noise = x / (alpha + sigma) + (1 - u) * first[:, :dim]  # E[eps | x], s = -(alpha/sigma) noise
-    spread = 0.5 * (noise.square().sum(1) - u * (dim + (1 - u) * first[:, dim:].mean(1)))
+    spread = 0.5 * (noise.square().sum(1) - u * dim - (1 - u) * first[:, dim:].mean(1))
     return spread - (1 - alpha) / sigma * (noise * x).sum(1) - dim * alpha.log()

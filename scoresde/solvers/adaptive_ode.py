@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,13 +48,20 @@ class Flow(NamedTuple):
         return (x - like(sigma, x) * state.outputs[:, 0]) / like(self.scale(state.t), x)
 
 
-def integrals(nodes: Tensor, used: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+Kernel = Callable[[Tensor], Tensor]
+
+
+def integrals(
+    nodes: Tensor, used: Tensor, start: Tensor, stop: Tensor, kernel: Kernel | None = None
+) -> Tensor:
     """(n, P) weights w with `int_start^stop p(u) du = sum_j w_j p(u_j)` for polynomials p, u_j being those
-    of the nodes (n, P) that are `used`; exact up to the degree that they determine, P <= 8."""
+    of the nodes (n, P) that are `used`; exact up to the degree that they determine, P <= 8. With a kernel
+    K(u), smooth over a step, the integral is that of p(u) K(u)."""
     points, weights = (v.to(nodes) for v in GAUSS)
     middle, half = (start + stop) / 2, (stop - start) / 2
     u = (middle[:, None] + half[:, None] * points)[:, None, :]
     basis = used[:, :, None] * weights * half[:, None, None]  # (n, P, 4), Lagrange's basis in the making
+    basis = basis if kernel is None else basis * kernel(u)
     for i in range(nodes.shape[1]):
         u_i = nodes[:, i, None]
         other = used[:, i, None] & used & (torch.arange(nodes.shape[1], device=u.device) != i)
