@@ -237,7 +237,7 @@ def report(record: dict[str, Any]) -> str:
         "Made by `python -m benchmarks.likelihood`.",
         f"Goal: at most {GOAL} of the calls of an implementation on scipy's RK45 at the same error.",
         "RK45 has velocity and divergence from one call; score_sde's code makes two, the last column's unit.",
-        "The digits' network is float32 and not smooth: below 0.05 nats neither error falls as the order says.",
+        "The digits' network is float32 and not smooth: below 0.05 nats no order shows.",
         "",
     ]
     for title, table in record["calls"].items():
