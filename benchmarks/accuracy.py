@@ -50,6 +50,7 @@ GOAL = {5: 1.0, 6: 1.0, 8: 0.9, 10: 0.9, 15: 0.8, 20: 0.8, 30: 0.5, 50: 0.5}
 DEFAULT_GOAL = 1.2
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("ours", "theirs")
+BOARDS = ["gaussian", "ring", "anisotropic", "subspace"]
 
 GRIDS: dict[str, Callable[..., grids.Grid]] = {
     "uniform": grids.uniform,
@@ -400,12 +401,18 @@ def picture(boards: list[dict[str, Any]], path: Path, label: str) -> None:
     plt.close(figure)
 
 
-def write(boards: list[dict[str, Any]], folder: Path, stem: str, text: str, label: str) -> None:
-    """JSON for every board, the table, the picture."""
+def save(result: dict[str, Any], folder: Path, stem: str) -> None:
+    """A board as JSON, one solver a line."""
     folder.mkdir(parents=True, exist_ok=True)
-    for result in boards:
-        lines = json.dumps(result).replace('"all": ', '"all":\n').replace("}, ", "},\n")
-        (folder / f"{stem}_{result['problem']}.json").write_text(lines + "\n")
+    lines = json.dumps(result).replace('"all": ', '"all":\n').replace("}, ", "},\n")
+    (folder / f"{stem}_{result['problem']}.json").write_text(lines + "\n")
+
+
+def report(folder: Path, stem: str, default: Configuration, legend: str, label: str) -> None:
+    """The table and the picture of all boards that the folder has."""
+    files = [folder / f"{stem}_{name}.json" for name in BOARDS]
+    boards = [json.loads(file.read_text()) for file in files if file.exists()]
+    text = summary(boards, default, legend)
     (folder / f"{stem}.md").write_text(text)
     picture(boards, folder / f"{stem}.png", label)
     print(text)
@@ -414,7 +421,7 @@ def write(boards: list[dict[str, Any]], folder: Path, stem: str, text: str, labe
 def arguments(text: str | None) -> argparse.Namespace:
     """The command line of both halves."""
     parser = argparse.ArgumentParser(description=(text or "").splitlines()[0])
-    parser.add_argument("--problems", nargs="+", default=["gaussian", "ring", "anisotropic", "subspace"])
+    parser.add_argument("--problems", nargs="*", default=BOARDS, choices=BOARDS)
     parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
     parser.add_argument("--quick", action="store_true", help="an eighth of the samples")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -427,12 +434,10 @@ LEGEND = "Cells: root mean square distance to the exact solution, without flips 
 def main() -> None:
     args = arguments(__doc__)
     runs = [*ours(distinct(candidates())), *theirs(peers.ODE)]
-    boards = [
-        board(name, runs, args.calls, deterministic(name, args.quick), DEFAULT, SHORTLIST)
-        for name in args.problems
-    ]
-    label = "RMS distance to the exact solution, without flips"
-    write(boards, args.out, "accuracy", summary(boards, DEFAULT, LEGEND), label)
+    for name in args.problems:
+        measure = deterministic(name, args.quick)
+        save(board(name, runs, args.calls, measure, DEFAULT, SHORTLIST), args.out, "accuracy")
+    report(args.out, "accuracy", DEFAULT, LEGEND, "RMS distance to the exact solution, without flips")
 
 
 if __name__ == "__main__":

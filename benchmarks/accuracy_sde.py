@@ -41,9 +41,9 @@ from .accuracy import (
     board,
     distinct,
     ours,
-    summary,
+    report,
+    save,
     theirs,
-    write,
 )
 from .peers import ETAS
 
@@ -183,12 +183,11 @@ LEGEND = (
 def main() -> None:
     args = arguments(__doc__)
     runs = [*ours(distinct(candidates())), *theirs(peers.SDE)]
-    law, boards = on_gaussian(), []
+    law = on_gaussian()
     for name in args.problems:
         measure = law if name == "gaussian" else on_samples(name, args.quick, law)
-        boards.append(board(name, runs, args.calls, measure, DEFAULT, SHORTLIST))
-    text = summary(boards, DEFAULT, LEGEND)
-    write(boards, args.out, "accuracy_sde", text, "2-Wasserstein distance of the output's law")
+        save(board(name, runs, args.calls, measure, DEFAULT, SHORTLIST), args.out, "accuracy_sde")
+    report(args.out, "accuracy_sde", DEFAULT, LEGEND, "2-Wasserstein distance of the output's law")
 
 
 if __name__ == "__main__":
