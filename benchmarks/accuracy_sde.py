@@ -69,11 +69,12 @@ def candidates() -> list[solvers.TableSolver]:
     listed = [s for s in solvers.examples().values() if isinstance(s, solvers.TableSolver)]
     presets = [
         *(solvers.ddim(eta) for eta in ETAS),
-        *(solvers.sde_dpmpp(p, eta, single) for p, single in ((1, False), (2, True)) for eta in ETAS),
+        *(solvers.sde_dpmpp(2, eta, True) for eta in ETAS),
+        *(solvers.sde_dpmpp(p, eta, rule=rule) for p, rule in ((2, "bh2"), (3, "half3")) for eta in ETAS),
     ]
     family = [
         solvers.exponential(p, corrector=c, stored=stored, variable=variable, tau=math.sqrt(eta))
-        for p, c in ((2, 0), (2, 3), (3, 4), (4, 5))
+        for p, c in ((2, 0), (2, 3), (3, 4), (4, 5), (5, 6))
         for stored in ("data", "flow")
         for variable in ("lam", "sigma", "t")
         for eta in ETAS
