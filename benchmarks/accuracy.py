@@ -10,9 +10,11 @@ sample further than 0.3 off), the share of flips, and the median. For every numb
 ours and for theirs: all configurations run on the first 64 noises of the first set, the 16 best of either
 side on all of it, and the best of these once on the second set. One that is more than 15 times off the best
 of its side is not tried with more calls. Public samplers run on the grids that public code offers, ours also
-on other powers of t. Solvers of ours whose tables are equal count once.
+on other powers of t, and between grids. Solvers of ours whose tables are equal count once.
 
-The public libraries need the environment of benchmarks/peers.txt; without it their columns stay empty.
+The subspace problem of 3072 dimensions runs in the 61 coordinates of an orthogonal map that its law and all
+samplers commute with (`problems.to_inside`). The public libraries need the environment of
+benchmarks/peers.txt; without it their columns stay empty.
 `python -m benchmarks.accuracy_sde` is the same for stochastic samplers.
 """
 
@@ -36,11 +38,12 @@ from scoresde.sde import LinearSDE
 from scoresde.tableau import Tableau
 
 from . import peers
-from .problems import problem
+from .problems import inside, problem, to_inside
 
 CALLS = (5, 6, 8, 10, 15, 20, 30, 50)
 NOISES = (512, 2048)
-SCREEN, SHORTLIST, HOPELESS = 64, 16, 15.0
+SCREEN, SHORTLIST = 64, 16
+HOPELESS, PATIENCE = 15.0, 10
 SDE = VPSDE()
 FLIP, FLOOR = 0.3, 1e-12
 Configuration = tuple[str, str]
@@ -58,7 +61,14 @@ GRIDS: dict[str, Callable[..., grids.Grid]] = {
     "log-SNR": grids.log_snr,
     **{f"Karras {rho}": partial(grids.karras, rho=rho) for rho in (3, 5, 7, 10)},
 }
-MORE_GRIDS = {f"power {p}": partial(grids.power, exponent=p) for p in (1.25, 1.5, 2.5, 3)}
+CUBIC = partial(grids.power, exponent=3)
+MORE_GRIDS = {
+    **{f"power {p}": partial(grids.power, exponent=p) for p in (1.25, 1.5, 2.5, 3)},
+    **{
+        f"{w} power 3 + Karras 7": partial(grids.blend, one=CUBIC, other=grids.karras, weight=w)
+        for w in (0.7, 0.85)
+    },
+}
 
 Make = Callable[..., grids.Grid]
 
@@ -100,9 +110,9 @@ class InBlocks(BaseDenoiser):
         return torch.cat([self.model(part, t) for part in x.split(64)])
 
 
-def score(found: Tensor, reference: Tensor) -> Score:
-    """How far `found` (B, D) is from the reference."""
-    each = (found - reference).square().mean(1).sqrt()
+def score(found: Tensor, reference: Tensor, dim: int) -> Score:
+    """How far `found` (B, ...) is from the reference, per each of `dim` coordinates."""
+    each = ((found - reference).square().sum(1) / dim).sqrt()
     each = torch.where(each.isfinite(), each, math.inf)
     near = each[each <= FLIP]
     rms = near.square().mean().sqrt().item() if len(near) else math.inf
@@ -198,13 +208,16 @@ def noises(name: str, quick: bool) -> tuple[Tensor, Tensor]:
 def reference(model: BaseDenoiser, x: Tensor) -> Tensor:
     """The probability-flow solution."""
     solver = solvers.exponential(5, corrector=6, stored="flow", variable="sigma")
-    return solver.solve(model, x, grids.quadratic(model.sde, 300 if x.shape[1] > 1000 else 600)).x
+    return solver.solve(model, x, grids.quadratic(model.sde, 600)).x
 
 
 def deterministic(name: str, quick: bool) -> Measure:
     """How a configuration is scored: the distance to the reference, on the noises of each stage."""
-    model = InBlocks(problem(name).denoiser(SDE))
+    law, dim = problem(name), problem(name).dim
     choose, report = noises(name, quick)
+    if name == "subspace":
+        law, choose, report = inside(), to_inside(choose), to_inside(report)
+    model = InBlocks(law.denoiser(SDE))
     sets = {"screen": choose[:SCREEN], "choose": choose, "report": report}
 
     @cache
@@ -213,7 +226,7 @@ def deterministic(name: str, quick: bool) -> Measure:
 
     def measure(run: Run, calls: int, stage: str) -> Score | None:
         found = run.solve(model, sets[stage], calls, None)
-        return None if found is None else score(found, wanted(stage))
+        return None if found is None else score(found, wanted(stage), dim)
 
     return measure
 
@@ -240,7 +253,7 @@ def board(
                 tried[run][n] = measure(run, n, "choose")
             if best:
                 chosen[side] = min(best, key=lambda run: tried[run][n].rank())
-                limit = HOPELESS * first[best[0]].error
+                limit = math.inf if n < PATIENCE else HOPELESS * first[best[0]].error
                 alive[side] = [run for run in group if run not in first or first[run].error <= limit]
         row: dict[str, Any] = {"calls": n}
         for side, run in chosen.items():

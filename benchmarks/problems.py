@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,19 +38,54 @@ def anisotropic(
     return Mixture(weights / weights.sum(), 0.5 * _normal(generator, modes, dim), bases * spectrum @ bases.mT)
 
 
-def subspace(dim: int = 3072, modes: int = 10, rank: int = 20, seed: int = 2) -> Mixture:
-    """Image-sized data: modes spread in `rank` directions each, with small noise in all others."""
+class Directions(NamedTuple):
+    """Modes spread in `rank` directions each: an orthonormal frame (D, R), and in it the means (K, R) and
+    factors (K, R, rank)."""
+
+    frame: Tensor
+    means: Tensor
+    factors: Tensor
+
+
+def directions(dim: int = 3072, modes: int = 10, rank: int = 20, seed: int = 2) -> Directions:
+    """What `subspace` is made of."""
     generator = torch.Generator().manual_seed(seed)
-    shared = torch.linalg.qr(_normal(generator, dim, 3 * rank)).Q
-    means = 0.25 * math.sqrt(dim) / math.sqrt(3 * rank) * _normal(generator, modes, 3 * rank) @ shared.T
-    factors = shared @ (
-        0.1 * math.sqrt(dim) / math.sqrt(3 * rank) * _normal(generator, modes, 3 * rank, rank)
-    )
-    return Mixture(
-        torch.full((modes,), 1 / modes, dtype=torch.float64),
-        means,
-        LowRank(torch.full((modes,), 0.02**2, dtype=torch.float64), factors),
-    )
+    frame = torch.linalg.qr(_normal(generator, dim, 3 * rank)).Q
+    size = math.sqrt(dim) / math.sqrt(3 * rank)
+    means = 0.25 * size * _normal(generator, modes, 3 * rank)
+    return Directions(frame, means, 0.1 * size * _normal(generator, modes, 3 * rank, rank))
+
+
+OUTSIDE = 0.02  # standard deviation in all directions that no mode is spread in
+
+
+def subspace() -> Mixture:
+    """Image-sized data: modes spread in a few directions each, with small noise in all others."""
+    frame, means, factors = directions()
+    noise = torch.full((len(means),), OUTSIDE**2, dtype=torch.float64)
+    return Mixture(_equal(len(means)), means @ frame.T, LowRank(noise, frame @ factors))
+
+
+def inside() -> Mixture:
+    """The law of `subspace` in the coordinates of its frame and one direction outside."""
+    _, means, factors = directions()
+    rank = means.shape[1]
+    covs = OUTSIDE**2 * torch.eye(rank + 1, dtype=torch.float64).repeat(len(means), 1, 1)
+    covs[:, :rank, :rank] += factors @ factors.mT
+    return Mixture(_equal(len(means)), torch.nn.functional.pad(means, (0, 1)), covs)
+
+
+def to_inside(x: Tensor) -> Tensor:
+    """x (B, D) turned about the frame so that what lies outside lies in one direction: (B, R + 1). It keeps
+    lengths, and commutes with every sampler that treats all coordinates alike."""
+    frame = directions().frame
+    coordinates = x @ frame
+    rest = (x - coordinates @ frame.T).norm(dim=1, keepdim=True)
+    return torch.cat([coordinates, rest], 1)
+
+
+def _equal(modes: int) -> Tensor:
+    return torch.full((modes,), 1 / modes, dtype=torch.float64)
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:

@@ -186,6 +186,25 @@ def karras(sde: LinearSDE, steps: int, end: float | None = None, *, rho: float =
     return _in_lam(sde, steps, end, lambda lam: (-lam / rho).exp(), lambda u: -rho * u.log())
 
 
+def blend(
+    sde: LinearSDE,
+    steps: int,
+    end: float | None = None,
+    *,
+    one: Callable[..., Grid],
+    other: Callable[..., Grid],
+    weight: float = 0.5,
+) -> Grid:
+    """Node by node between two grids: `t_k = weight one_k + (1 - weight) other_k`.
+
+    `power(exponent=3)` with a little of `karras`, for example, has most nodes where the first has them, and
+    smaller first steps. Raises ValueError for a weight outside [0, 1].
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"expected a weight in [0, 1], found {weight}")
+    return Grid.of(sde, weight * one(sde, steps, end).t + (1 - weight) * other(sde, steps, end).t)
+
+
 def ddpm(sde: LinearSDE, steps: int, end: float | None = None, *, spacing: str = "trailing") -> Grid:
     """Nodes i/N of a DDPM chain (of a tabulated VP-SDE), `steps` of them and then `end` (None: 0, the data).
 

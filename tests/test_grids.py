@@ -36,6 +36,7 @@ GRIDS = {
     "karras3": partial(grids.karras, rho=3.0),
     "power": grids.power,
     "power1.5": partial(grids.power, exponent=1.5),
+    "blend": partial(grids.blend, one=grids.power, other=grids.karras, weight=0.85),
 }
 DDPM = SDES["table"]
 
