@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -47,8 +48,6 @@ HOPELESS, PATIENCE = 15.0, 10
 SDE = VPSDE()
 FLIP, FLOOR = 0.3, 1e-12
 Configuration = tuple[str, str]
-OURS = solvers.exponential(3, corrector=4, stored="flow", variable="sigma")
-DEFAULT: Configuration = repr(OURS), "power 2.5"
 GOAL = {5: 1.0, 6: 1.0, 8: 0.9, 10: 0.9, 15: 0.8, 20: 0.8, 30: 0.5, 50: 0.5}
 DEFAULT_GOAL = 1.2
 RESULTS = Path(__file__).parent / "results"
@@ -69,6 +68,16 @@ MORE_GRIDS = {
         for w in (0.7, 0.85)
     },
 }
+
+
+def name_of(solver: Any) -> str:
+    """How it prints, in short: without defaults, digits that do not matter, addresses of functions."""
+    text = re.sub(r", (tau=0\.0|rule='exact'|corrector=0|singlestep=False)(?=[,)])", "", repr(solver))
+    return re.sub(r"<function (\w+) at \w+>", r"\1", re.sub(r"(\.\d{3})\d+", r"\1", text))
+
+
+OURS = solvers.exponential(3, corrector=4, stored="flow", variable="sigma")
+DEFAULT: Configuration = name_of(OURS), "power 2.5"
 
 Make = Callable[..., grids.Grid]
 
@@ -147,7 +156,7 @@ def ours(listed: Iterable[solvers.TableSolver]) -> Iterator[Run]:
     """Every solver on every grid."""
     for solver in listed:
         for name, make in {**GRIDS, **MORE_GRIDS}.items():
-            yield Run("ours", repr(solver), name, partial(_ours, solver, make))
+            yield Run("ours", name_of(solver), name, partial(_ours, solver, make))
 
 
 def _ours(

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from scoresde import solvers
 from scoresde.laws import Gaussian, Law
+from scoresde.solvers.exponential import er_noise_level
 
 from . import peers, problems
 from .accuracy import (
@@ -40,6 +41,7 @@ from .accuracy import (
     arguments,
     board,
     distinct,
+    name_of,
     ours,
     report,
     save,
@@ -52,7 +54,7 @@ SAMPLES = {"ring": (8192, 32768), "anisotropic": (1024, 4096), "subspace": (1024
 DIRECTIONS, REPEATS, SHORTLIST, FLOOR = 64, 32, 12, 1e-12
 
 OURS = solvers.exponential(3, corrector=4, stored="flow", variable="sigma", tau=math.sqrt(0.1))
-DEFAULT: Configuration = repr(OURS), "power 2.5"
+DEFAULT: Configuration = name_of(OURS), "power 2.5"
 
 
 class Distance(NamedTuple):
@@ -74,11 +76,11 @@ def candidates() -> list[solvers.TableSolver]:
         *(solvers.sde_dpmpp(p, eta, rule=rule) for p, rule in ((2, "bh2"), (3, "half3")) for eta in ETAS),
     ]
     family = [
-        solvers.exponential(p, corrector=c, stored=stored, variable=variable, tau=math.sqrt(eta))
+        solvers.exponential(p, corrector=c, stored=stored, variable=variable, tau=tau)
         for p, c in ((2, 0), (2, 3), (3, 4), (4, 5), (5, 6))
         for stored in ("data", "flow")
         for variable in ("lam", "sigma", "t")
-        for eta in ETAS
+        for tau in (*(math.sqrt(eta) for eta in ETAS), er_noise_level)
     ]
     return [*(s for s in listed if s.card.stochastic), *presets, *family]
 

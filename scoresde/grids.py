@@ -202,7 +202,7 @@ def blend(
     """
     if not 0 <= weight <= 1:
         raise ValueError(f"expected a weight in [0, 1], found {weight}")
-    return Grid.of(sde, weight * one(sde, steps, end).t + (1 - weight) * other(sde, steps, end).t)
+    return Grid.of(sde, other(sde, steps, end).t.lerp(one(sde, steps, end).t, weight))  # keeps the ends
 
 
 def ddpm(sde: LinearSDE, steps: int, end: float | None = None, *, spacing: str = "trailing") -> Grid:

@@ -108,6 +108,18 @@ def test_spacings_by_formula(name: str) -> None:
         np.testing.assert_allclose(level, (ends[0] + i * (ends[1] - ends[0])) ** rho, rtol=1e-10)
 
 
+def test_blend_is_between_two_grids() -> None:
+    sde, blend = SDES["linear"], partial(grids.blend, one=grids.power, other=grids.karras)
+    one, other = grids.power(sde, 9).t, grids.karras(sde, 9).t
+    np.testing.assert_allclose(blend(sde, 9, weight=0.25).t.numpy(), 0.25 * one + 0.75 * other, rtol=1e-14)
+    assert torch.equal(blend(sde, 9, weight=1).t, one) and torch.equal(blend(sde, 9, weight=0).t, other)
+    assert torch.equal(blend(sde, 9).t, blend(sde, 9, weight=0.5).t)
+    assert torch.equal(blend(sde, 9, 1e-4).t[[0, -1]], torch.tensor([1.0, 1e-4], dtype=torch.float64))
+    for weight in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"a weight in \[0, 1\], found"):
+            blend(sde, 9, weight=weight)
+
+
 @pytest.mark.parametrize("spacing", ["log_snr", "karras"])
 def test_nodes_of_infinite_lam_stand_alone(spacing: str) -> None:
     make = GRIDS[spacing]
