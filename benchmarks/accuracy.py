@@ -60,12 +60,12 @@ GRIDS: dict[str, Callable[..., grids.Grid]] = {
     "log-SNR": grids.log_snr,
     **{f"Karras {rho}": partial(grids.karras, rho=rho) for rho in (3, 5, 7, 10)},
 }
-CUBIC = partial(grids.power, exponent=3)
+CUBIC, FIFTH = partial(grids.power, exponent=3), partial(grids.karras, rho=5)
 MORE_GRIDS = {
     **{f"power {p}": partial(grids.power, exponent=p) for p in (1.25, 1.5, 2.5, 3)},
     **{
-        f"{w} power 3 + Karras 7": partial(grids.blend, one=CUBIC, other=grids.karras, weight=w)
-        for w in (0.7, 0.85)
+        f"{w} power 3 + {1 - w:.2g} Karras 5": partial(grids.blend, one=CUBIC, other=FIFTH, weight=w)
+        for w in (0.3, 0.5, 0.7, 0.85)
     },
 }
 
