@@ -152,10 +152,10 @@ def distinct(listed: Iterable[solvers.TableSolver]) -> list[solvers.TableSolver]
     return [solver for solver, _ in kept]
 
 
-def ours(listed: Iterable[solvers.TableSolver]) -> Iterator[Run]:
+def ours(listed: Iterable[solvers.TableSolver], more: dict[str, Make] = MORE_GRIDS) -> Iterator[Run]:
     """Every solver on every grid."""
     for solver in listed:
-        for name, make in {**GRIDS, **MORE_GRIDS}.items():
+        for name, make in {**GRIDS, **more}.items():
             yield Run("ours", name_of(solver), name, partial(_ours, solver, make))
 
 
