@@ -43,7 +43,7 @@ from .problems import inside, problem, to_inside
 
 CALLS = (5, 6, 8, 10, 15, 20, 30, 50)
 NOISES = (512, 2048)
-SCREEN, SHORTLIST = 64, 16
+SCREEN = 64
 HOPELESS, PATIENCE = 15.0, 10
 SDE = VPSDE()
 FLIP, FLOOR = 0.3, 1e-12
@@ -243,11 +243,24 @@ def deterministic(name: str, quick: bool) -> Measure:
 Measure = Callable[[Run, int, str], Any]  # of a run, a number of calls, a stage: its score, None if none
 
 
+def best_of_all(ranks: dict[Run, float]) -> list[Run]:
+    """A shortlist: the 16 best."""
+    return sorted(ranks, key=ranks.__getitem__)[:16]
+
+
 def board(
-    name: str, runs: list[Run], calls: Iterable[int], measure: Measure, default: Configuration, shortlist: int
+    name: str,
+    runs: list[Run],
+    calls: Iterable[int],
+    measure: Measure,
+    default: Configuration,
+    shortlist: Callable[[dict[Run, float]], list[Run]] = best_of_all,
+    comparable: bool = True,
 ) -> dict[str, Any]:
     """One problem: the score of every configuration where they are chosen, and where they are reported that
-    of the chosen ones of both sides and of the default ("first": their error where they are screened)."""
+    of the chosen ones of both sides and of the default ("first": their error where they are screened).
+
+    comparable: whether screening measures what the board is about, so that all of its errors are shown."""
     tried: dict[Run, dict[int, Any]] = {run: {} for run in runs}
     fixed = [run for run in runs if (run.solver, run.grid) == default]
     alive, rows = {side: [run for run in runs if run.side == side] for side in SIDES}, []
@@ -255,15 +268,14 @@ def board(
         chosen = dict(zip(["default"], fixed, strict=False))
         for side, group in alive.items():
             first = {run: found for run in group if (found := measure(run, n, "screen")) is not None}
-            for run, found in first.items():
+            ranks = {run: found.rank() for run, found in first.items()}
+            second = {run: measure(run, n, "choose") for run in shortlist(ranks)}
+            for run, found in {**(first if comparable else {}), **second}.items():
                 tried[run][n] = found
-            best = sorted(first, key=lambda run: first[run].rank())[:shortlist]
-            for run in best:
-                tried[run][n] = measure(run, n, "choose")
-            if best:
-                chosen[side] = min(best, key=lambda run: tried[run][n].rank())
-                limit = math.inf if n < PATIENCE else HOPELESS * first[best[0]].error
-                alive[side] = [run for run in group if run not in first or first[run].error <= limit]
+            if second:
+                chosen[side] = min(second, key=lambda run: second[run].rank())
+                limit = math.inf if n < PATIENCE else HOPELESS * min(ranks.values())
+                alive[side] = [run for run in group if ranks.get(run, 0.0) <= limit]
         row: dict[str, Any] = {"calls": n}
         for side, run in chosen.items():
             if (found := measure(run, n, "report")) is not None:
@@ -278,6 +290,8 @@ def _everything(tried: dict[Run, dict[int, Any]], calls: list[int]) -> dict[str,
     """{side: {solver: {grid: errors}}}, with null where the number of calls does not fit."""
     table: dict[str, Any] = {side: {} for side in SIDES}
     for run, scores in tried.items():
+        if not scores:
+            continue
         errors = [_rounded(scores[n].error) if n in scores else None for n in calls]
         table[run.side].setdefault(run.solver, {})[run.grid] = errors
     return table
@@ -458,7 +472,7 @@ def main() -> None:
     runs = [*ours(distinct(candidates())), *theirs(peers.ODE)]
     for name in args.problems:
         measure = deterministic(name, args.quick)
-        save(board(name, runs, args.calls, measure, DEFAULT, SHORTLIST), args.out, "accuracy")
+        save(board(name, runs, args.calls, measure, DEFAULT), args.out, "accuracy")
     report(args.out, "accuracy", DEFAULT, LEGEND, "RMS distance to the exact solution, without flips")
 
 
