@@ -1,0 +1,133 @@
+"""The accuracy benchmark: what it measures, and that its committed results still hold."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from scoresde import grids, solvers
+
+accuracy = pytest.importorskip(
+    "benchmarks.accuracy", reason="run from the root of the repository, with `python -m pytest`"
+)
+
+from benchmarks import accuracy_sde, peers, problems  # noqa: E402
+
+F64 = torch.float64
+SDE = accuracy.SDE
+LAW = accuracy_sde.in_eigenbasis(problems.gaussian())
+
+
+def cells(stem, listed, grids=accuracy.MORE_GRIDS, calls=(8, 20)):
+    """(calls, run, error on the first noises) of the configurations that the results chose for us."""
+    runs = {(run.solver, run.grid): run for run in accuracy.ours(listed, grids)}
+    rows = json.loads((accuracy.RESULTS / f"{stem}.json").read_text())["rows"]
+    for row in rows:
+        for side in ("ours", "default"):
+            if row["calls"] in calls:
+                yield row["calls"], runs[row[side]["solver"], row[side]["grid"]], row[side]["first"]
+
+
+@pytest.mark.parametrize("name", ["gaussian", "ring", "anisotropic", "subspace"])
+def test_deterministic_results_hold(name, unchecked):
+    measure = accuracy.deterministic(name, False)
+    for calls, run, error in cells(f"accuracy_{name}", accuracy.candidates()):
+        assert measure(run, calls, "screen").error <= error * (1 + 1e-6), (run, calls)
+
+
+@pytest.mark.parametrize("solver", [solvers.ddim(0.5), solvers.sa(2, 3), solvers.edm()], ids=repr)
+def test_unit_noises_give_the_law_of_the_table(solver):
+    (run,) = [run for run in accuracy.ours([solver]) if run.grid == "quadratic"]
+    found = accuracy_sde.exact(run, LAW, 10)
+    table = solver.tableau(SDE, grids.quadratic(SDE, solver.steps_for(10)))
+    law, target = table.law(LAW, SDE, LAW.marginal(SDE, 1.0)), LAW.marginal(SDE, accuracy_sde.END)
+    squares = (law.mean - target.mean) ** 2 + (law.variance.sqrt() - target.variance.sqrt()) ** 2
+    assert found.error == pytest.approx(squares.mean().sqrt().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("solver", [solvers.heun(), solvers.euler_maruyama(), solvers.unipc(3)], ids=repr)
+def test_the_subspace_in_few_coordinates(solver):
+    generator = torch.Generator().manual_seed(0)
+    frame = problems.directions().frame
+    x, *z = torch.randn(6, 4, 3072, generator=generator, dtype=F64)
+    model, small = problems.subspace().denoiser(SDE), problems.inside().denoiser(SDE)
+    grid = grids.quadratic(SDE, 5)
+    # Outside, noise would turn every sample's direction from step to step.
+    z = [noise @ frame @ frame.T for noise in z]
+    full = solver.solve(model, x, grid, noise=lambda k, shape: z[k]).x
+    few = solver.solve(small, problems.to_inside(x), grid, noise=lambda k, shape: problems.to_inside(z[k])).x
+    torch.testing.assert_close(few.abs(), problems.to_inside(full).abs(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(few.norm(dim=1), full.norm(dim=1), rtol=1e-9, atol=1e-11)
+
+
+def test_score_leaves_flips_out():
+    found = torch.tensor([[0.0, 0.0], [0.1, 0.1], [3.0, 4.0], [math.nan, 0.0]], dtype=F64)
+    score = accuracy.score(found, torch.zeros(4, 2, dtype=F64), 2)
+    assert score.flips == 0.5
+    assert score.error == pytest.approx(math.sqrt(0.1**2 / 2))
+    assert score.rank() == pytest.approx(score.error + 0.5)
+
+
+def test_equal_tables_count_once():
+    same = [solvers.ddim(), solvers.dpm(1), solvers.dpmpp(1), solvers.deis(1, "t"), solvers.dpmpp(2)]
+    assert accuracy.distinct(same) == [same[0], same[-1]]
+    noisy = [solvers.ddpm(), solvers.sde_dpmpp(1), solvers.ddim(0.5)]
+    assert accuracy.distinct(noisy) == [noisy[0], noisy[-1]]
+
+
+def test_sliced_distance_of_true_samples_is_its_floor(alpha_ledger):
+    law, generator = problems.ring(), torch.Generator().manual_seed(0)
+    distance = accuracy_sde.Sliced(law, torch.randn(16, 2, generator=generator, dtype=F64), 512, generator)
+    # The floor is a mean of 4; the distance of 512 samples of the ring varies by a third of it.
+    alpha_ledger.spend(1e-9, "true samples are near the floor of the sliced distance")
+    assert distance(law.sample(512, generator=generator)) < 4 * distance.floor
+    assert distance(2 * law.sample(512, generator=generator)) > 8 * distance.floor
+
+
+def test_what_is_at_the_floor_has_no_ratio():
+    one, other = {"error": 5.0, "floor": 3.0}, {"error": 3.1, "floor": 3.0}
+    assert accuracy.ratio(one, {"error": 2.0}) == 2.0  # 5^2 - 3^2 = 4^2
+    assert accuracy.ratio(one, other) is None
+    assert accuracy.ratio(other, one) == pytest.approx(1.5 / 4)  # half the floor at least
+
+
+def test_one_path_shares_the_noise_of_a_step():
+    normals = iter(torch.eye(3, dtype=F64))
+    increment = peers.one_path(lambda: next(normals))
+    a, m, b = (torch.tensor(level, dtype=F64) for level in (5.0, 4.0, 1.0))
+    first, whole, later = increment(a, m), increment(a, b), increment(b, b / 2)
+    assert float(whole @ whole) == pytest.approx(1)
+    assert float(first @ whole) == pytest.approx(0.5)  # sqrt(1/4): a quarter of the variance is common
+    assert float(later @ whole) == 0
+
+
+def test_torchsde_euler_is_euler_maruyama():
+    grid = grids.uniform(SDE, 7)
+    z = torch.randn(7, 5, 16, generator=torch.Generator().manual_seed(0), dtype=F64)
+    model = LAW.denoiser(SDE)
+    task = peers.Task(SDE, grid.t, model, lambda k: z[k])
+    ours = solvers.euler_maruyama().solve(model, z[0], grid, noise=lambda k, shape: z[k]).x
+    torch.testing.assert_close(peers.torchsde("euler")(task, z[0]), ours, rtol=1e-10, atol=1e-10)
+
+
+def test_torchdiffeq_steps_from_node_to_node():
+    pytest.importorskip("torchdiffeq", reason=peers.RECIPE)
+    grid, model = grids.quadratic(SDE, 6), LAW.denoiser(SDE)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=F64)
+    seen = []
+    task = peers.Task(SDE, grid.t, lambda y, t: seen.append(float(t)) or model(y, t))
+    found = peers.torchdiffeq("midpoint")(task, x)
+    velocity, y = SDE.probability_flow(model), x
+    for t, s in zip(grid.t[:-1], grid.t[1:], strict=True):
+        y = y + (s - t) * velocity(y + (s - t) / 2 * velocity(y, t), (s + t) / 2)
+    torch.testing.assert_close(found, y, rtol=1e-12, atol=1e-12)
+    assert len(seen) == 12 and seen[::2] == grid.t[:-1].tolist()
+
+
+def test_calls_are_counted():
+    greedy = peers.Public(lambda task, x: task.denoise(task.denoise(x, task.t[0]), task.t[0]))
+    with pytest.raises(RuntimeError, match="expected at most 1 calls"):
+        accuracy._theirs(greedy, grids.uniform, LAW.denoiser(SDE), torch.zeros(2, 16, dtype=F64), 1, None)
