@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"^(?:<!-- (?P<note>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<note>[^\n]*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 def code_blocks(markdown: str) -> Iterator[tuple[int, str, str]]:
@@ -72,6 +74,11 @@ def modules_with_examples() -> Iterator[str]:
 
 README = [as_parameter(*block) for block in code_blocks((ROOT / "README.md").read_text(encoding="utf-8"))]
 MODULES = list(modules_with_examples())
+
+
+def test_a_note_belongs_to_the_block_below_it():
+    text = "<!-- command: x -->\n```bash\nls\n```\n```python\n0\n```\n<!-- skip: y -->\n```python\n1\n```\n"
+    assert [(note, code) for _, note, code in code_blocks(text)] == [("", "0\n"), ("skip: y", "1\n")]
 
 
 @pytest.mark.parametrize(("line", "code"), README)

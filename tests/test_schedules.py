@@ -79,7 +79,7 @@ def exact_B(schedule: Schedule, t: float) -> mp.mpf:
 def check_against_high_precision(schedule: Schedule, t: float, of_sigma: float = 1e-12) -> None:
     """sigma to `of_sigma`, B, alpha, log_snr to 1e-12; the rounding of B counts for alpha."""
     sde, at = VPSDE(schedule=schedule), f64(t)
-    with mp.workdps(110):
+    with mp.workdps(160):
         B = exact_B(schedule, t)
         sigma, alpha = mp.sqrt(-mp.expm1(-B)), mp.exp(-B / 2)
         log_snr = -mp.log(mp.expm1(B))
