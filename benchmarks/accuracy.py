@@ -325,10 +325,12 @@ def at_floor(side: dict[str, Any]) -> bool:
 
 
 def ratio(side: dict[str, Any] | None, other: dict[str, Any] | None) -> float | None:
-    """The error of one over that of the other; None where the other is at the floor, or there is none."""
-    if side is None or other is None or at_floor(other):
+    """The error of one over that of the other, each at least half its floor; None where both are at the
+    floor, or there is none."""
+    if side is None or other is None or (at_floor(side) and at_floor(other)):
         return None
-    return max(excess(side), 0.5 * side.get("floor", 0.0)) / excess(other)
+    mine, public = (max(excess(s), 0.5 * s.get("floor", 0.0)) for s in (side, other))
+    return mine / public
 
 
 def mean_ratio(boards: list[dict[str, Any]], side: str = "default") -> float:

@@ -187,7 +187,7 @@ def on_samples(name: str, quick: bool) -> Measure:
 LEGEND = (
     "Cells: 2-Wasserstein distance of the output's exact law, over the root of the dimension (gaussian), or "
     "sliced 2-Wasserstein distance of samples (others). Ratios are of what exceeds the floor in the square; "
-    '"at the floor": theirs exceeds it by less than half of it.'
+    "each at least half of it; 'at the floor': both are less."
 )
 
 

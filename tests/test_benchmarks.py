@@ -38,6 +38,12 @@ def test_deterministic_results_hold(name, unchecked):
         assert measure(run, calls, "screen").error <= error * (1 + 1e-6), (run, calls)
 
 
+def test_stochastic_results_hold(unchecked):
+    measure = accuracy_sde.on_gaussian(problems.gaussian(seed=0), problems.gaussian(seed=1))
+    for calls, run, error in cells("accuracy_sde_gaussian", accuracy_sde.candidates(), accuracy_sde.MORE):
+        assert measure(run, calls, "screen").error <= error * (1 + 1e-6), (run, calls)
+
+
 @pytest.mark.parametrize("solver", [solvers.ddim(0.5), solvers.sa(2, 3), solvers.edm()], ids=repr)
 def test_unit_noises_give_the_law_of_the_table(solver):
     (run,) = [run for run in accuracy.ours([solver]) if run.grid == "quadratic"]
@@ -90,7 +96,8 @@ def test_sliced_distance_of_true_samples_is_its_floor(alpha_ledger):
 def test_what_is_at_the_floor_has_no_ratio():
     one, other = {"error": 5.0, "floor": 3.0}, {"error": 3.1, "floor": 3.0}
     assert accuracy.ratio(one, {"error": 2.0}) == 2.0  # 5^2 - 3^2 = 4^2
-    assert accuracy.ratio(one, other) is None
+    assert accuracy.ratio(other, other) is None
+    assert accuracy.ratio(one, other) == pytest.approx(4 / 1.5)
     assert accuracy.ratio(other, one) == pytest.approx(1.5 / 4)  # half the floor at least
 
 
