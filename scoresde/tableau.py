@@ -383,7 +383,7 @@ def finite_guard(table: Tableau) -> Callable[[int, Tensor, Tensor], None]:
     def guard(k: int, x: Tensor, F: Tensor) -> None:
         # The sum is cheap, and may overflow by itself.
         if not math.isfinite(F.sum().item()) and not F.isfinite().all():
-            raise not_finite(table, k, (~F.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist())
+            raise not_finite(table, k, (~F.isfinite()).reshape(len(F), -1).any(1).nonzero()[:, 0].tolist())
 
     return guard
 
