@@ -339,9 +339,9 @@ def noise_costs(device: torch.device, clock: Clock, turns: int) -> list[dict[str
             noise = Noise.of(0, batch=batch, device=device, dtype=torch.float32)
             x, time_ = torch.randn(shape, device=device), torch.rand(batch, device=device)
             net = digits_unet(1).to(device).eval()
-            rows = count()
+            row = count()
             runs: dict[str, Run] = {
-                "noise": lambda noise=noise, shape=shape, rows=rows: noise(next(rows), shape),
+                "noise": lambda noise=noise, shape=shape, row=row: noise(next(row), shape),
                 "randn": lambda x=x: torch.randn_like(x),
             }
             if shape[1] == 1:

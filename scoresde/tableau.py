@@ -72,7 +72,10 @@ class Tableau:
                 found = getattr(self, key)
                 raise TypeError(f"expected a tensor of numbers as {key}, found {found!r}") from None
             if not bool(value.isfinite().all()):
-                raise ValueError(f"expected finite coefficients in {self.name}, found {key} = {value}")
+                raise ValueError(
+                    f"expected finite coefficients in {self.name}, found {key} = {value}; where alpha or "
+                    "sigma is 0 some rates are infinite: keep a little away from that end"
+                )
             object.__setattr__(self, key, value)
         rows = self.keep.numel()
         found = {key: tuple(getattr(self, key).shape) for key in FIELDS}
