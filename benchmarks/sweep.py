@@ -61,6 +61,7 @@ GRIDS: dict[str, Callable[..., Grid]] = {
     "power": grids.power,
     "log-SNR": grids.log_snr,
     "Karras": grids.karras,
+    "blend": partial(grids.blend, one=grids.quadratic, other=grids.karras),
     **{f"ddpm {s}": partial(grids.ddpm, spacing=s) for s in ("trailing", "leading", "linspace")},
 }
 ENDS = (None, 0.0)
