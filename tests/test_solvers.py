@@ -254,3 +254,15 @@ def test_dpm_fast_spends_every_call(calls: int, orders: list[int]) -> None:
     assert len(table) == calls and spread(table, join(parts)) < 1e-13
     with pytest.raises(ValueError, match="'noise' or 'data', found 'flow'"):
         solvers.dpm_fast("flow")
+
+
+def test_a_callback_sees_every_row_in_order() -> None:
+    """Number, time, state and D of each call, and of no other."""
+    grid, model = grids.quadratic(VP, 4), Wavy(VP)
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(3, 2)
+    seen = solvers.dpmpp(2).solve(model, x, grid, callback=lambda step: step).path
+    assert [step.k for step in seen] == [0, 1, 2, 3]
+    assert [step.t for step in seen] == grid.t[:-1].tolist()
+    assert seen[0].x.equal(x)
+    for step in seen:
+        assert torch.allclose(step.denoised, model(step.x, step.t), rtol=1e-12, atol=1e-12)
