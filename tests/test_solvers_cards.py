@@ -210,3 +210,23 @@ def test_stochastic_solvers_do_not_encode() -> None:
             with pytest.raises(ValueError, match="stochastic and cannot run from data to noise"):
                 solver.tableau(VP, grid)
         solvers.ddim().tableau(VP, grid)
+
+
+DEFAULTS = """
+    dpm(order=2, singlestep=False, rule='exact')  dpmpp(order=2, singlestep=False, rule='exact')
+    unipc(order=2, rule='exact', stored='data')  deis(order=3, variable='t')  adams(order=4, rule='exact')
+    sa(order=3, corrector=4, tau=1.0, stored='data')  seeds(order=1)  er_sde(order=3, rule='exact')
+    sde_dpmpp(order=2, eta=1.0, singlestep=False, rule='exact')  reversible(order=2, coupling=0.999)
+    edm(churn=40.0, low=0.05, high=50.0, spread=1.003)  restart(intervals=((0.1, 0.3, 2, 4),))
+    annealed_langevin(steps_per_level=5, step=0.1)  adaptive_sde(rtol=0.05, atol=0.025, max_calls=2000)
+    adaptive_ode(rtol=0.0001, atol=0.0001, order=6, max_calls=1000)  dpm_fast(stored='noise')
+    ddim(eta=0.0)  ddpm(variance='small', rule='exact')
+"""
+
+
+@pytest.mark.parametrize(
+    "printed", [p for line in DEFAULTS.split("\n") for p in line.strip().split("  ") if p]
+)
+def test_defaults(printed: str) -> None:
+    """What a solver is without options is part of its contract."""
+    assert repr(getattr(solvers, printed.split("(")[0])()) == printed
