@@ -11,6 +11,7 @@ from . import (
     networks,
     noise,
     schedules,
+    select,
     solvers,
     train,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "noise",
     "sample",
     "schedules",
+    "select",
     "slerp",
     "solvers",
     "train",
