@@ -1,12 +1,10 @@
 """The command `scoresde`: train, sample, and the main job on real digits, `scoresde quickstart`.
 
-Only here do strings name solvers. What a user gets wrong ends with one line on the terminal and exit code 2.
+What a user gets wrong ends with one line on the terminal and exit code 2.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import os
 import platform
@@ -207,44 +205,7 @@ def parse_solver(text: str) -> tuple[Solver, Tensor | None]:
     if text.endswith(".json"):
         table = Tableau.from_json(Path(text).read_text(encoding="utf-8"))
         return solvers.from_tableau(table), table.times[[0, -1]]
-    wrong = ValueError(
-        f'expected a solver as in "dpmpp" or "dpmpp(order=3)", with plain values; found {text[:80]!r}'
-    )
-    if len(text) > 200:
-        raise wrong
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise wrong from None
-    return _solver(ast.Call(node, [], []) if isinstance(node, ast.Name) else node, wrong), None
-
-
-def _solver(node: ast.AST, wrong: ValueError) -> Solver:
-    """What the syntax tree of `name(option=value, ...)` stands for."""
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        raise wrong
-    name, values, options = node.func.id, [_value(value, wrong) for value in node.args], {}
-    known = sorted({made.partition("(")[0] for made in solvers.examples()})
-    if name not in known:
-        raise ValueError(f"expected a solver from {', '.join(known)}; found {name!r}. See: scoresde solvers")
-    for keyword in node.keywords:
-        if keyword.arg is None or keyword.arg in options:  # **{...}, or a name twice
-            raise wrong
-        options[keyword.arg] = _value(keyword.value, wrong)
-    maker: Callable[..., Solver] = getattr(solvers, name)
-    try:
-        return maker(*values, **options)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{error}; expected {name}{inspect.signature(maker)}") from error
-
-
-def _value(node: ast.expr, wrong: ValueError) -> Any:
-    if isinstance(node, ast.Call):
-        return _solver(node, wrong)
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise wrong from None
+    return solvers.parse(text), None
 
 
 # ---- training

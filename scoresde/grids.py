@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial, wraps
+from inspect import signature
 
 import torch
 from torch import Tensor
 
 from .schedules import Tabulated, check_numbers
 from .sde import VPSDE, LinearSDE
+from .text import Kind, read_call
 
 
 @dataclass(frozen=True)
@@ -232,3 +235,20 @@ def ddpm(sde: LinearSDE, steps: int, end: float | None = None, *, spacing: str =
             [spacings[spacing]() / n, torch.tensor([0.0 if end is None else float(end)], dtype=torch.float64)]
         ),
     )
+
+
+def parse(text: str) -> Callable[..., Grid]:
+    """The function of this module that a text names, with options: "karras", "karras(rho=5.0)" or
+    "blend(one=karras, other=power(exponent=3.0), weight=0.2)"; what `text.spell` writes. Raises ValueError.
+    """
+    made = {f.__name__: _with_options(f) for f in (uniform, power, quadratic, log_snr, karras, blend, ddpm)}
+    return read_call(text, Kind("grid", "karras(rho=5.0)", made))
+
+
+def _with_options(function: Callable[..., Grid]) -> Callable[..., Callable[..., Grid]]:
+    @wraps(function)
+    def made(**options: object) -> Callable[..., Grid]:
+        signature(function).bind(None, 1, None, **options)  # TypeError for other names
+        return partial(function, **options) if options else function
+
+    return made

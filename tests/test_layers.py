@@ -23,6 +23,7 @@ PACKAGE = ROOT / "scoresde"
 # inside a function. What `if TYPE_CHECKING` imports is a word in a signature, not a dependency, and is free.
 _WORKSHOP = ["sampling", "likelihood", "metrics", "guidance", "energy", "ddpm", "networks", "laws"]
 STANDS_ON: dict[str, list[str]] = {
+    "text": [],
     "schedules": [],
     "noise": [],
     "networks": ["gradients"],
@@ -31,7 +32,7 @@ STANDS_ON: dict[str, list[str]] = {
     "metrics": [],
     "sde": ["schedules"],
     "ddpm": ["sde"],
-    "grids": ["sde"],
+    "grids": ["sde", "text"],
     "denoiser": ["sde"],
     "gradients": [],
     "energy": ["denoiser", "gradients"],

@@ -3,7 +3,7 @@
 from .adaptive_ode import adaptive_ode
 from .adaptive_sde import adaptive_sde
 from .base import Card, Samples, Solver, TableSolver
-from .catalogue import card, examples
+from .catalogue import card, examples, parse
 from .exponential import adams, deis, dpm, dpmpp, er_sde, exponential, sa, sde_dpmpp, seeds, unipc
 from .external import scipy_ode, torchsde_solver
 from .langevin import annealed_langevin, langevin, mala, predictor_corrector
@@ -37,6 +37,7 @@ __all__ = [
     "langevin",
     "mala",
     "midpoint",
+    "parse",
     "predictor_corrector",
     "restart",
     "reverse_diffusion",

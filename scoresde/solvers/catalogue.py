@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+from ..text import Kind, read_call
 from . import exponential as e
 from . import onestep as o
 from . import singlestep as s
 from .adaptive_ode import adaptive_ode
 from .adaptive_sde import adaptive_sde
+from .base import Solver
 from .external import TORCHSDE, scipy_ode, torchsde_solver
 from .langevin import annealed_langevin, predictor_corrector
 from .reversible import reversible
@@ -109,3 +112,17 @@ def _shown(order: int | None) -> str:
 def card() -> CardTable:
     """What is known of every solver in `examples()`."""
     return CardTable({name: solver.card for name, solver in examples().items()})
+
+
+@cache
+def _makers() -> dict[str, Any]:
+    """The functions that made `examples()`, by name."""
+    from .. import solvers  # complete by the time of a call
+
+    return {name: getattr(solvers, name) for name in {made.partition("(")[0] for made in examples()}}
+
+
+def parse(text: str) -> Solver:
+    """The solver that a text names, as it prints: "dpmpp" or "dpmpp(order=3)". Nothing is evaluated. Raises
+    ValueError for anything else."""
+    return read_call(text, Kind("solver", 'dpmpp" or "dpmpp(order=3)', _makers(), " See: scoresde solvers"))
