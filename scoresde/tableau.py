@@ -312,28 +312,45 @@ def loop(
     """
     if not x.is_floating_point():
         raise TypeError(f"expected a floating state, found {x.dtype}; scale integer images to floats first")
-    zero = x.new_zeros(())
-    later = [zero] * (c.reach + 1)  # parts of the states after this row, the next one, ...
+    later = nothing_ahead(c, x)
     for k, row in enumerate(c.rows):
         F = checked(evaluate(x, k), x)
         if before is not None:
             before(k, x, F)
-        fresh = _plus(later[0], F, row.gain, zero)
+        z = None
         if row.noise:
             if noise is None:
                 raise ValueError(f"{c.name} is stochastic: expected a noise source, found None")
-            fresh.add_(noise(k, x.shape), alpha=row.noise)
-        fresh.add_(x, alpha=row.keep)
-        later = [*later[1:], zero]
-        for j, on_x, on_F in row.ahead:
-            later[j - 1] = part = _plus(later[j - 1], F, on_F, zero)
-            if on_x:
-                part.add_(x, alpha=on_x)
-        x = fresh
+            z = noise(k, x.shape)
+        x, later = advance(row, x, F, z, later)
         if after is not None:
             changed = after(x)
             x = x if changed is None else changed
     return x
+
+
+def nothing_ahead(c: Coefficients, x: Tensor) -> list[Tensor]:
+    """Parts of the states after the first row, the second, ..., that earlier rows have added: a shared zero,
+    which stays in the last place, beyond the reach of any row."""
+    return [x.new_zeros(())] * (c.reach + 1)
+
+
+def advance(
+    row: Row, x: Tensor, F: Tensor, z: Tensor | None, later: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """One row: the next state, and what is now known of the states after it. `z` are the normals of a row
+    with noise."""
+    zero = later[-1]
+    fresh = _plus(later[0], F, row.gain, zero)
+    if z is not None:
+        fresh.add_(z, alpha=row.noise)
+    fresh.add_(x, alpha=row.keep)
+    later = [*later[1:], zero]
+    for j, on_x, on_F in row.ahead:
+        later[j - 1] = part = _plus(later[j - 1], F, on_F, zero)
+        if on_x:
+            part.add_(x, alpha=on_x)
+    return fresh, later
 
 
 def _plus(part: Tensor, F: Tensor, weight: float, zero: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ TORCH_ONLY = {"schedules", "noise", "networks", "engines", "gradients"}
 
 # What may be imported while a module is imported: light, or there anyway since torch imports it.
 LIGHT = {"torch", "jaxtyping", "numpy", "safetensors", "tqdm"}
-LIGHT_IN_ROOM = {"cli": {"tyro"}, "testing": {"hypothesis"}}
+LIGHT_IN_ROOM = {"cli": {"tyro"}, "testing": {"hypothesis"}, "interop": {"diffusers"}}
 HEAVY = ["torchsde", "scipy", "sklearn", "matplotlib", "accelerate", "diffusers", "tyro", "hypothesis"]
 
 RUNS_CODE = {
