@@ -1,0 +1,101 @@
+"""The solution that errors are distances to, and how far it can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import grids, solvers
+from ..sde import LinearSDE
+from ..solvers.base import Solver
+from .candidates import GRIDS, Candidate, solver_name
+from .jobs import GUESS, of_solver, of_table
+from .measures import Label
+from .runs import How, Runner, Store, digest
+
+USUAL = Candidate(
+    solvers.exponential(5, corrector=6, stored="flow", variable="sigma"), GRIDS["quadratic"], "quadratic"
+)
+LEAST = 100  # calls
+
+
+class Reference(NamedTuple):
+    """How a reference is made, or the samples themselves; the usual one of half the calls beside it; the name
+    of the first, and the calls of both."""
+
+    how: How | Tensor
+    check: How
+    name: str
+    calls: int
+
+
+class Solution(NamedTuple):
+    """Samples (n, ...) of the reference, and of the one that it is checked against."""
+
+    x: Tensor
+    check: Tensor
+
+
+def planned(
+    given: Solver | Candidate | Tensor | None, numbers: Sequence[int], sde: LinearSDE, end: float
+) -> Reference:
+    """With four times the most of `numbers`, and at least LEAST calls. Raises TypeError for what is no
+    reference."""
+    calls = max(LEAST, 4 * max(numbers))
+    check = _of_candidate(USUAL, calls // 2, sde, end)
+    both = calls + calls // 2
+    if isinstance(given, Tensor):
+        return Reference(given, check, "given", calls // 2)
+    if given is None or isinstance(given, Candidate):
+        chosen = USUAL if given is None else given
+        return Reference(_of_candidate(chosen, calls, sde, end), check, f"{chosen.name}, {calls} calls", both)
+    if isinstance(given, type) or not isinstance(given, Solver):
+        raise TypeError(f"expected a solver, a Candidate or the solution as reference, found {given!r}")
+    name = solver_name(given)
+    if given.steps_for(1000) == 1:  # its steps follow a tolerance
+        how = of_solver(Label(name, "", None), given, grids.uniform(sde, 1, end), GUESS).how
+        return Reference(how, check, name, both)
+    nodes = USUAL.grid(sde, given.steps_for(calls), end)
+    how = of_solver(Label(name, USUAL.grid_name, calls), given, nodes, calls).how
+    return Reference(how, check, f"{name} on {USUAL.grid_name}, {calls} calls", both)
+
+
+def _of_candidate(candidate: Candidate, calls: int, sde: LinearSDE, end: float) -> How:
+    table = candidate.table(sde, calls, end)
+    if table is None:
+        raise ValueError(
+            f"expected a reference with a table of {calls} calls, found none of {candidate.name}"
+        )
+    return of_table(Label(candidate.name, "", calls), table, end).how
+
+
+def solution(
+    plan: Reference,
+    run: Runner,
+    most_calls: float,
+    store: Store | None,
+    identity: str,
+    tick: Callable[[int], Any],
+) -> Solution:
+    """The samples, from the store if it has them. Raises ValueError if they cost more than `most_calls`, or
+    a given one has another shape."""
+    how = plan.how
+    if isinstance(how, Tensor) and how.shape != run.shape:
+        raise ValueError(f"expected a reference of shape {run.shape}, found {tuple(how.shape)}")
+    key = digest(identity, how.key if isinstance(how, How) else how, plan.check.key)
+    kept = None if store is None else store.tensors(key)
+    if kept is None:
+        if plan.calls * run.parts > most_calls:
+            raise ValueError(
+                f"expected a budget of more than the reference's {plan.calls * run.parts} network calls, "
+                f"found {most_calls:g}"
+            )
+        check = run(plan.check, tick).x
+        kept = {"x": run(how, tick).x if isinstance(how, How) else how, "check": check}
+        if store is not None:
+            store.put_tensors(key, kept)
+    else:
+        tick(plan.calls)
+    return Solution(*(kept[name].to(run.model.device) for name in Solution._fields))

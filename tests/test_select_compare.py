@@ -1,0 +1,472 @@
+"""`compare`: what it measures against plain computations, its table, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from scoresde import VPSDE, Denoiser, grids, metrics, sample, solvers
+from scoresde.laws import Gaussian, Mixture
+from scoresde.networks import MLP
+from scoresde.noise import Noise
+from scoresde.select import Budget, Candidate, Comparison, compare, rank_agreement
+from scoresde.select.comparison import About, LeftOut, Row, by_seconds
+from scoresde.select.measures import Paired, rms_distance
+
+SDE = VPSDE()
+F64 = torch.float64
+
+
+def ring(modes: int = 8) -> Mixture:
+    angle = 2 * math.pi * torch.arange(modes, dtype=F64) / modes
+    means = torch.stack([angle.cos(), angle.sin()], 1)
+    return Mixture(torch.full((modes,), 1 / modes, dtype=F64), means, 0.01)
+
+
+MODEL = ring().denoiser(SDE)
+SOME = {"quadratic": grids.quadratic, "uniform": grids.uniform}
+HALFWAY = solvers.ddim().tableau(SDE, grids.uniform(SDE, 5, 0.5))
+run = partial(compare, MODEL, shape=(2,), n=64)
+
+
+class Counting(torch.nn.Module):
+    """A network that counts its calls, and may be interrupted at one."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.inner = MLP(2, 8, 1)
+        self.calls, self.stop_at = 0, stop_at
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        return self.inner(x, label)
+
+
+# ---- what is measured
+
+
+def test_rows_are_distances_to_the_reference(unchecked):
+    """Everything of a row from the samples themselves."""
+    found = run([solvers.ddim(), solvers.dpmpp(2)], SOME, (5, 10), seed=3)
+    assert len(found.rows) == 8
+    truth = sample(MODEL, (64, 2), solvers.adaptive_ode(1e-9, 1e-9, max_calls=9999), seed=3).x
+    flip = 0.3 * float((truth - truth.mean(0)).square().mean().sqrt())
+    assert found.about.flip == pytest.approx(flip, rel=1e-3)
+    for row in found.rows:
+        solver, grid = {"ddim()": solvers.ddim(), "dpmpp(2)": solvers.dpmpp(2)}[row.solver], SOME[row.grid]
+        x = sample(MODEL, (64, 2), solver, steps=row.budget, grid=grid, seed=3).x
+        d = ((x - truth) ** 2).mean(1).sqrt()
+        near = d[d <= flip]
+        assert row.error == pytest.approx(float((near**2).mean().sqrt()), abs=2e-4)
+        assert row.flips == pytest.approx(1 - len(near) / 64, abs=1 / 64 + 1e-9)
+        assert row.median == pytest.approx(float(d.median()), abs=2e-4)
+        assert (row.calls == row.budget and row.seconds > 0 and row.memory == 64 * 2 * 8 * 2) or row.memory
+        assert row.low <= row.error <= row.high
+
+
+def test_the_reference_knows_its_error(unchecked):
+    found = run([solvers.dpmpp(2)], SOME, (10,))
+    truth = sample(MODEL, (64, 2), solvers.adaptive_ode(1e-9, 1e-9, max_calls=9999)).x
+    given = run([solvers.dpmpp(2)], SOME, (10,), reference=truth)
+    assert given.about.reference == "given"
+    assert 0 < found.about.reference_error < 1e-3
+    assert found.about.reference_error == pytest.approx(given.about.reference_error, rel=0.2)
+    for one, other in zip(found.rows, given.rows, strict=True):
+        assert one.error == pytest.approx(other.error, abs=found.about.reference_error)
+    by_solver = run([solvers.dpmpp(2)], SOME, (10,), reference=solvers.adaptive_ode(1e-8, 1e-8))
+    assert by_solver.rows[0].error == pytest.approx(given.rows[0].error, abs=1e-5)
+    by_table = run(
+        [solvers.dpmpp(2)], SOME, (10,), reference=Candidate(solvers.heun(), grids.quadratic, "squares")
+    )
+    assert "heun() on squares, 100 calls" in by_table.about.reference
+    # A bad reference is found out.
+    bad = run([solvers.dpmpp(2)], SOME, (10,), reference=solvers.ddim())
+    assert bad.about.reference_error > 10 * found.about.reference_error
+    poor = run([solvers.dpmpp(3)], SOME, (60,), reference=solvers.ddim())
+    assert "runs are within" in str(poor) and "the reference's own error" in str(poor)
+
+
+def test_flips_are_left_out_and_count():
+    reference = torch.zeros(8, 2, dtype=F64)
+    measure = Paired(reference, rms_distance, flip=0.5)
+    x = torch.tensor([[0.3, 0.4]] * 6 + [[3.0, 4.0], [0.0, 0.0]], dtype=F64)
+    record = {"calls": 5, "seconds": 0.1, "memory": None, **measure(x)}
+    from scoresde.select.measures import Label
+
+    (row,) = measure.rows([(Label("s", "g", 5), record)])
+    assert row.error == pytest.approx(math.sqrt(6 / 7 * 0.125))
+    assert (row.flips, row.median) == (0.125, pytest.approx(math.sqrt(0.125)))
+    assert row.rank == row.error + 0.125  # more than one in ten
+    assert replace(row, flips=0.1).rank == row.error
+    assert row.low < row.error <= row.high + 1e-12
+    none = Paired(reference, rms_distance, flip=0.01)
+    (lost,) = none.rows([(Label("s", "g", 5), {**record, **none(x + 9)})])
+    assert lost.error == lost.low == lost.high == math.inf and lost.flips == 1
+
+
+def test_intervals_cover_the_error(alpha_ledger):
+    """The bootstrap's interval of a root mean square of half-normals holds the true one about 19 times in 20;
+    that of half the width much less often."""
+    from scipy import stats
+
+    from scoresde.select.measures import Label
+
+    n, trials, hits, narrow = 400, 200, 0, 0
+    draws = torch.randn(trials, n, 1, generator=torch.Generator().manual_seed(1), dtype=F64)
+    measure = Paired(torch.zeros(n, 1, dtype=F64), rms_distance, None)
+    cost = {"calls": 5, "seconds": 0.1, "memory": None}
+    for x in draws:
+        (row,) = measure.rows([(Label("s", "g", 5), {**cost, **measure(x)})])
+        assert row.flips is None
+        hits += row.low <= 1 <= row.high
+        narrow += row.error - (row.error - row.low) / 2 <= 1 <= row.error + (row.high - row.error) / 2
+    alpha_ledger.spend(1e-9, "bootstrap intervals of 95 % hold at least 80 % of the time")
+    assert stats.binomtest(hits, trials, 0.9, alternative="less").pvalue > 1e-9
+    assert stats.binomtest(narrow, trials, 0.9, alternative="less").pvalue < 1e-9
+
+
+def test_wins_compare_the_same_resamples():
+    """A run that is better on every sample always wins, though the intervals overlap; equal ones share."""
+    from scoresde.select.measures import Label
+
+    x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    measure = Paired(torch.zeros_like(x), rms_distance, None)
+    cost = {"calls": 5, "seconds": 0.1, "memory": None}
+    records = [(Label(f"{c}", "g", 5), {**cost, **measure(c * x)}) for c in (1.0, 0.99, -0.99)]
+    rows = {row.solver: row for row in measure.rows(records)}
+    assert [rows[name].wins for name in ("1.0", "0.99", "-0.99")] == [0, 1, 1]
+    assert rows["1.0"].low < rows["0.99"].high
+
+
+def test_a_metric_of_ones_own(unchecked):
+    def largest(x: Tensor, reference: Tensor) -> Tensor:
+        return (x - reference).abs().flatten(1).amax(1)
+
+    found = run([solvers.ddim()], SOME, (10,), metric=largest)
+    usual = run([solvers.ddim()], SOME, (10,))
+    assert found.about.measure == "largest to the reference" and found.about.flip is None
+    assert all(row.flips is None for row in found.rows)
+    assert found.rows[0].error > usual.rows[0].error
+    with pytest.raises(ValueError, match=r"distances of shape \(64,\), found \(\)"):
+        run([solvers.ddim()], SOME, (10,), metric=lambda x, y: 1.0)
+
+
+# ---- distances between laws
+
+
+def test_distance_to_data():
+    data = ring().sample(300, generator=torch.Generator().manual_seed(0))
+    listed = [solvers.ddpm(), solvers.ddim()]
+    found = run(listed, {"uniform": grids.uniform}, (5, 20), data=data, n=100)
+    assert found.about.measure == "energy distance"
+    lowest = metrics.floor(metrics.energy_distance, data, 100)
+    assert (found.about.floor, found.about.floor_std) == lowest
+    assert found.about.resolution == lowest.mean + 2 * lowest.std
+    for row in found.rows:
+        solver = {"ddpm()": solvers.ddpm(), "ddim()": solvers.ddim()}[row.solver]
+        x = sample(MODEL, (100, 2), solver, steps=row.budget, grid=grids.uniform).x
+        assert row.error == pytest.approx(metrics.energy_distance(x, data))
+        assert row.flips is row.median is row.wins is None
+        assert row.low < row.error < row.high
+    few = {row.solver: row for row in found.ranking(5)}
+    assert few["ddpm()"].low > found.about.resolution  # five steps of it are far off
+
+
+def test_metrics_for_sets_of_one_size():
+    data = ring().sample(64, generator=torch.Generator().manual_seed(0))
+    found = run([solvers.ddpm()], SOME, (10,), data=data, metric=metrics.wasserstein)
+    lowest = metrics.floor(metrics.wasserstein, data, 32, against=32)
+    assert found.about.floor == lowest.mean and found.rows[0].error > 0
+
+
+def test_the_jackknife_is_exact_for_a_mean(alpha_ledger):
+    """For the mean of n numbers in ten equal groups it is Student's interval of the groups' means."""
+    from scipy import stats
+
+    from scoresde.select.measures import Label, Laws
+
+    x, data = torch.randn(50, 1, generator=torch.Generator().manual_seed(0)), torch.zeros(9, 1)
+    measure = Laws(data, lambda a, b: float(a.mean() - b.mean()))
+    (row,) = measure.rows([(Label("s", "g", 5), {"calls": 5, "seconds": 1.0, "memory": None, **measure(x)})])
+    groups = x.view(10, 5).mean(1).numpy()
+    low, high = stats.t.interval(0.95, 9, groups.mean(), stats.sem(groups))
+    assert (row.error, row.low, row.high) == pytest.approx((groups.mean(), low, high), rel=1e-5)
+
+
+# ---- what may be compared
+
+
+def test_all_kinds_of_entries(unchecked):
+    table = solvers.dpmpp(2).tableau(SDE, grids.karras(SDE, 7))
+    named = {
+        "mine": solvers.dpmpp(2),
+        "placed": Candidate(solvers.unipc(2), grids.log_snr, "log_snr"),
+        "table": table,
+        "adaptive": solvers.adaptive_ode(1e-2, 1e-2),
+        "pairs": solvers.reversible(2),
+        "two": solvers.heun(),
+    }
+    found = run(named, {"quadratic": grids.quadratic}, (9, 10))
+    rows = {(row.name, row.budget): row for row in found.rows}
+    adaptive = sample(MODEL, (64, 2), solvers.adaptive_ode(1e-2, 1e-2)).network_calls
+    assert set(rows) == {
+        *(
+            (name, c)
+            for name in ("mine on quadratic", "placed on log_snr", "pairs on quadratic")
+            for c in (9, 10)
+        ),
+        *(("two on quadratic", c) for c in (9, 10)),
+        ("table", 7),
+        ("adaptive", adaptive),
+    }
+    assert rows["adaptive", adaptive].calls == adaptive
+    assert rows["two on quadratic", 9].calls == 8
+    x = sample(MODEL, (64, 2), solvers.dpmpp(2), steps=7, grid=grids.karras).x
+    given = run(table, calls=(5,), reference=x)
+    assert given.rows[0].error == 0 and given.rows[0].name == table.name
+    assert run(Candidate(solvers.ddim(), grids.uniform, "even"), calls=(5,)).rows[0].name == "ddim() on even"
+
+
+def test_what_does_not_fit_is_named():
+    found = run([solvers.dpmpp(3, singlestep=True), solvers.ddim()], SOME, (2, 6))
+    assert {(item.solver, item.budget) for item in found.left_out} == {("dpmpp(3, singlestep=True)", 2)}
+    assert "expected at least" in found.left_out[0].why
+    assert "Left out" in str(found)
+
+
+class Hole(torch.nn.Module):
+    """A network that returns NaN at t = 1/2."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x * torch.where(t == 0.5, math.nan, 0.5).to(x)[:, None]
+
+
+def test_a_failing_run_does_not_end_it():
+    model, through = Denoiser(Hole(), SDE, predicts="data"), partial(grids.power, exponent=1.0)
+    on = {"even": lambda sde, steps, end: grids.uniform(sde, 2, 0.0), "power": grids.quadratic}
+    found = compare(model, [solvers.ddim()], on, (2,), shape=(2,), n=8, end=0.0)
+    assert [row.grid for row in found.rows] == ["power"] and through
+    assert "failed: " in found.left_out[0].why and "NaN or Inf at call 2 of 2" in found.left_out[0].why
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n": 1}, ValueError, "n of at least 2"),
+        ({"calls": ()}, ValueError, "numbers of network calls"),
+        ({"calls": (0,)}, ValueError, "numbers of network calls"),
+        ({"calls": 5}, ValueError, "numbers of network calls"),
+        ({"solvers": []}, ValueError, "at least one solver"),
+        ({"solvers": [solvers.ddim]}, TypeError, "expected solvers, Candidates or Tableaus"),
+        ({"solvers": [solvers.ddpm()]}, ValueError, "deterministic solvers, found ddpm"),
+        ({"end": 2.0}, ValueError, "expected an end"),
+        (
+            {"solvers": solvers.ddim().tableau(SDE, grids.uniform(SDE, 5, 0.5))},
+            ValueError,
+            "give that as end",
+        ),
+        ({"reference": torch.zeros(3, 2)}, ValueError, r"reference of shape \(64, 2\)"),
+        ({"reference": solvers.ddim}, TypeError, "as reference"),
+        ({"data": torch.zeros(99, 2), "reference": solvers.ddim()}, ValueError, "give one"),
+        ({"data": torch.zeros(99, 2), "n": 19}, ValueError, "n of at least 20"),
+        ({"budget": Budget(calls=100)}, ValueError, "more than the reference's 150 network calls"),
+        ({"batch": 0}, ValueError, "a batch of at least one"),
+    ],
+)
+def test_what_cannot_be_compared(unchecked, options, error, message):
+    with pytest.raises(error, match=message):
+        run(**{"solvers": [solvers.ddim()], "calls": (5,), **options})
+    with pytest.raises(TypeError, match="expected a denoiser as model"):
+        compare(MLP(2, 8, 1), shape=(2,))
+
+
+# ---- cost
+
+
+def twice(x: Tensor, reference: Tensor) -> Tensor:
+    return 2 * rms_distance(x, reference)
+
+
+def test_parts_of_a_batch_change_nothing():
+    condition = {"label": torch.arange(10) % 3}
+
+    class Shifted(torch.nn.Module):
+        def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            assert len(label) == len(x)
+            return 0.5 * x + label[:, None]
+
+    model = Denoiser(Shifted(), SDE, predicts="data")
+    options = {"shape": (2,), "n": 10, "condition": condition, "dtype": F64}
+    whole, parts = (compare(model, [solvers.ddim()], SOME, (5,), **options, batch=b) for b in (None, 4))
+    for one, other in zip(whole.rows, parts.rows, strict=True):
+        assert (one.error, one.calls) == (pytest.approx(other.error), other.calls)
+    assert parts.about.calls == 3 * whole.about.calls
+
+
+def test_budgets_leave_out_the_dearest(unchecked):
+    found = run(
+        [solvers.ddim(), solvers.dpmpp(2)], SOME, (5, 10, 40), budget=Budget(calls=240 + 4 * 5 + 2 * 10)
+    )
+    assert found.about.calls == 240 + 4 * 5 + 2 * 10
+    assert [row.budget for row in found.rows] == [5] * 4 + [10] * 2
+    assert len(found.left_out) == 6 and "beyond 280 network calls" in found.left_out[0].why
+    none = run([solvers.ddim()], SOME, (5,), budget=1e-9)
+    assert not none.rows and "beyond 1e-09 seconds" in none.left_out[0].why
+    assert "Left out" in str(none)
+
+
+def test_the_cache_makes_nothing_twice(tmp_path: Path):
+    network = Counting()
+    model = Denoiser(network, SDE)
+    again = partial(
+        compare, model, [solvers.ddim(), solvers.dpmpp(2)], SOME, shape=(2,), n=16, cache=tmp_path
+    )
+    first = again((5, 10))
+    assert first.about.calls == network.calls - 4 == 150 + 2 * 2 * 15  # four for the fingerprint
+    network.calls = 0
+    second = again((5, 10))
+    assert second.rows == first.rows and second.about.calls == 0 and network.calls == 4
+    more = again((5, 10, 20))
+    assert [row for row in more.rows if row.budget < 20] == list(first.rows)
+    assert more.about.calls == 4 * 20
+    # Whatever changes the samples or their distances is another run; what counts as a flip is not.
+    for options in ({"seed": 1}, {"n": 17}, {"end": 0.01}, {"dtype": F64}, {"metric": twice}):
+        assert again((5,), **options).about.calls > 0, options
+    assert again((5,), flip=9.0).about.calls == 0
+    with torch.no_grad():
+        list(network.parameters())[-1].add_(1e-4)
+    assert again((5,)).about.calls > 0
+    # A damaged record is made again.
+    for path in tmp_path.glob("*.json"):
+        path.write_text(path.read_text()[:-5])
+    assert again((5,)).about.calls == 4 * 5
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_interrupted_and_resumed(tmp_path: Path):
+    """Ctrl-C in the middle of a run: what is done is kept, and the same call again makes the rest."""
+    network = Counting(stop_at=4 + 150 + 5 + 3)
+    again = partial(
+        compare, Denoiser(network, SDE), [solvers.ddim()], SOME, (5, 6), shape=(2,), n=16, cache=tmp_path
+    )
+    part = again()
+    assert part.about.interrupted and [row.budget for row in part.rows] == [5]
+    assert [item.why for item in part.left_out] == ["interrupted"] * 3
+    whole = again()
+    assert not whole.about.interrupted and whole.about.calls == 5 + 6 + 6
+    assert part.rows[0].seconds in [row.seconds for row in whole.rows]
+    fresh = compare(Denoiser(Counting(), SDE), [solvers.ddim()], SOME, (5, 6), shape=(2,), n=16)
+    assert [row.error for row in whole.rows] == [row.error for row in fresh.rows]
+    with pytest.raises(KeyboardInterrupt):
+        compare(Denoiser(Counting(stop_at=3), SDE), [solvers.ddim()], SOME, (5,), shape=(2,), n=16)
+
+
+def test_progress_is_shown(capsys):
+    run([solvers.ddim()], SOME, (5,), progress=True)
+    assert "call" in capsys.readouterr().err
+
+
+# ---- the table
+
+
+def about(**options) -> About:
+    setting = {
+        "n": 10, "shape": (2,), "seed": 0, "end": 0.001, "measure": "m", "flip": 0.1, "reference": "r",
+        "reference_error": None, "floor": None, "floor_std": None, "calls": 9, "seconds": 1.0,
+        "device": "cpu",
+    }  # fmt: skip
+    return About(**{**setting, **options})
+
+
+def row(solver: str, calls: int, error: float, seconds: float = 1.0, budget: int | None = None) -> Row:
+    return Row(solver, "g", budget or calls, calls, seconds, 64, error, error / 2, 2 * error, 0.0, 0.1, 0.5)
+
+
+def test_fronts_are_what_nothing_dominates():
+    rows = [row("a", 5, 0.5, 3), row("b", 5, 0.4, 2), row("c", 10, 0.4, 1), row("d", 10, 0.3, 4),
+            row("e", 20, math.inf, 0.5), row("f", 9, 0.2, 9, budget=10)]  # fmt: skip
+    table = Comparison(tuple(rows), about())
+    assert [r.solver for r in table.front()] == ["b", "f"]
+    assert [r.solver for r in table.front(by_seconds)] == ["c", "d", "f"]
+    assert [r.solver for r in table.rows] == ["b", "a", "f", "d", "c", "e"]
+    assert table.best(5).solver == "b" and table.best(9).solver == table.best(99).solver == "f"
+    assert table.budgets() == [5, 10, 20]
+    with pytest.raises(ValueError, match="at most 4 calls"):
+        table.best(4)
+    # Below the resolution the cheapest is as good as the best.
+    blurred = Comparison(tuple(rows), about(reference_error=0.45))
+    assert [r.solver for r in blurred.front()] == ["b"]
+    noisy = Comparison(tuple(rows), about(floor=0.3, floor_std=0.05))
+    assert [r.solver for r in noisy.front()] == ["b"]
+
+
+def test_the_table_prints(capsys):
+    rows = [row(f"solver{i}", 5, 0.1 * (i + 1)) for i in range(8)]
+    table = Comparison((*rows, row("late", 19, 0.01, budget=20)), about(), (LeftOut("x", "g", 5, "why not"),))
+    lines = [line for line in str(table).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 5 + 1 and len({len(line) for line in lines}) == 1
+    assert "solver4" in lines[6] and "19 of 20" in lines[7] and "calls" in lines[7]
+    assert "Left out (why not): x on g with 5 calls" in str(table)
+    assert len(table.table().splitlines()) == 2 + 9
+    assert "flips" not in Comparison((replace(rows[0], flips=None),), about()).table()
+
+
+def test_json_and_csv_keep_everything():
+    rows = (row("a", 5, 0.5), row("b", 5, math.inf), replace(row("c", 5, 0.25), flips=None, memory=None))
+    table = Comparison(rows, about(reference_error=1e-7), (LeftOut("x", "", 5, 'why, "not"\n'),))
+    text = table.to_json()
+    assert Comparison.from_json(text) == table
+    assert text.count("\n") < 12 and "Infinity" not in text and json.loads(text)["format"]
+    parsed = list(csv.DictReader(table.to_csv().splitlines()))
+    assert [float(line["error"]) for line in parsed] == [0.25, 0.5, math.inf]
+    assert parsed[0]["memory"] == "" and parsed[1]["solver"] == "a"
+    for wrong in ("", "{}", "[]", '{"format": "else"}', text.replace("median", "middle"), text[:-4]):
+        with pytest.raises(ValueError, match=r"JSON written by Comparison\.to_json"):
+            Comparison.from_json(wrong)
+
+
+def test_rank_agreement():
+    names = "abcde"
+    one = Comparison(tuple(row(s, 5, 0.1 * (i + 1)) for i, s in enumerate(names)), about())
+    same = Comparison(tuple(row(s, 5, 0.3 * (i + 1) ** 2) for i, s in enumerate(names)), about())
+    turned = Comparison(tuple(row(s, 5, 1 / (i + 1)) for i, s in enumerate(names)), about())
+    swapped = Comparison(tuple(row(s, 5, float("21345"[i])) for i, s in enumerate(names)), about())
+    assert rank_agreement(one, same) == {5: pytest.approx(1)}
+    assert rank_agreement(one, turned) == {5: pytest.approx(-1)}
+    assert rank_agreement(one, swapped) == {5: pytest.approx(1 - 6 * 2 / (5 * 24))}
+    assert rank_agreement(one, Comparison((row("a", 6, 1.0),), about())) == {}
+    assert math.isnan(rank_agreement(one, Comparison((row("a", 5, 1.0),), about()))[5])
+
+
+def test_ranks_are_stable_over_seeds(unchecked):
+    """Some solvers on all usual grids."""
+    listed = [solvers.ddim(), solvers.dpm(2), solvers.dpmpp(2), solvers.unipc(3), solvers.deis(2)]
+    one, other = (run(listed, n=256, calls=(5, 10), seed=seed) for seed in (0, 1))
+    assert len(one.rows) == 2 * 5 * 6
+    assert min(rank_agreement(one, other).values()) > 0.95
+
+
+def test_errors_on_a_gaussian_are_exact(unchecked):
+    """There the flow is x_end = alpha m + s (x_1 - alpha_1 m)/s_1 with s^2 = alpha^2 v + sigma^2."""
+    law = Gaussian([0.5, -0.5], 0.25)
+    model = law.denoiser(SDE)
+    found = compare(model, [solvers.dpmpp(2)], {"squares": grids.quadratic}, (20,), shape=(2,), n=100)
+    drawn = sample(model, (100, 2), solvers.dpmpp(2), grid=grids.quadratic, steps=20)
+    start = Noise.of(0, batch=100, dtype=F64).prior((100, 2))
+    one, end = law.marginal(SDE, 1.0), law.marginal(SDE, drawn.end)
+    exact = end.mean + (end.variance / one.variance).sqrt() * (start - one.mean)
+    (row,) = found.rows
+    assert row.flips == 0 and found.about.reference_error < 1e-7
+    assert row.error == pytest.approx(float((drawn.x - exact).square().mean().sqrt()), rel=1e-3)
