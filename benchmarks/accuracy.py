@@ -245,11 +245,16 @@ def deterministic(name: str, quick: bool) -> Measure:
 
 
 Measure = Callable[[Run, int, str], Any]  # of a run, a number of calls, a stage: its score, None if none
+Ranks = dict[Run, float]
+Stage = tuple[str, Callable[[Ranks], list[Run]]]  # where configurations are tried, and which of them stay
 
 
-def best_of_all(ranks: dict[Run, float]) -> list[Run]:
+def best_of_all(ranks: Ranks) -> list[Run]:
     """A shortlist: the 16 best."""
     return sorted(ranks, key=ranks.__getitem__)[:16]
+
+
+STAGES: tuple[Stage, ...] = (("screen", best_of_all),)
 
 
 def board(
@@ -258,12 +263,13 @@ def board(
     calls: Iterable[int],
     measure: Measure,
     default: Configuration,
-    shortlist: Callable[[dict[Run, float]], list[Run]] = best_of_all,
+    stages: tuple[Stage, ...] = STAGES,
     comparable: bool = True,
 ) -> dict[str, Any]:
     """One problem: the score of every configuration where they are chosen, and where they are reported that
     of the chosen ones of both sides and of the default ("first": their error where they are screened).
 
+    stages: how those to choose from are found, from all of a side, stage by stage.
     comparable: whether screening measures what the board is about, so that all of its errors are shown."""
     tried: dict[Run, dict[int, Any]] = {run: {} for run in runs}
     fixed = [run for run in runs if (run.solver, run.grid) == default]
@@ -271,13 +277,16 @@ def board(
     for n in calls:
         chosen = dict(zip(["default"], fixed, strict=False))
         for side, group in alive.items():
-            first = {run: found for run in group if (found := measure(run, n, "screen")) is not None}
-            ranks = {run: found.rank() for run, found in first.items()}
-            second = {run: measure(run, n, "choose") for run in shortlist(ranks)}
-            for run, found in {**(first if comparable else {}), **second}.items():
+            first = _measured(measure, group, n, stages[0][0])
+            kept = stages[0][1](_ranks(first))
+            for stage, shortlist in stages[1:]:
+                kept = shortlist(_ranks(_measured(measure, kept, n, stage)))
+            final = _measured(measure, kept, n, "choose")
+            for run, found in {**(first if comparable else {}), **final}.items():
                 tried[run][n] = found
-            if second:
-                chosen[side] = min(second, key=lambda run: second[run].rank())
+            if final:
+                chosen[side] = min(final, key=lambda run: final[run].rank())
+                ranks = _ranks(first)
                 limit = math.inf if n < PATIENCE else HOPELESS * min(ranks.values())
                 alive[side] = [run for run in group if ranks.get(run, 0.0) <= limit]
         row: dict[str, Any] = {"calls": n}
@@ -288,6 +297,15 @@ def board(
         rows.append(row)
         print(_line(name, row), flush=True)
     return {"problem": name, "rows": rows, "all": _everything(tried, list(calls))}
+
+
+def _measured(measure: Measure, group: list[Run], calls: int, stage: str) -> dict[Run, Any]:
+    """The scores of those that can do so few calls."""
+    return {run: found for run in group if (found := measure(run, calls, stage)) is not None}
+
+
+def _ranks(scores: dict[Run, Any]) -> Ranks:
+    return {run: found.rank() for run, found in scores.items()}
 
 
 def _everything(tried: dict[Run, dict[int, Any]], calls: list[int]) -> dict[str, Any]:

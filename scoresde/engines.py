@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -88,19 +89,23 @@ class Isotropic:
         V = (alpha**2 * self.v + var).clamp_min(TINY)
         h = alpha * (y @ self.offsets.mT) - 0.5 * alpha**2 * self.offsets.square().sum(-1)
         nearest = h.argmax(-1, keepdim=True)
+        return Terms(
+            self.log_w + (h - h.gather(-1, nearest)) / V,
+            partial(self._common, y, alpha, V, nearest.squeeze(-1)),
+            partial(self._data, y, alpha, V),
+            partial(self._pull, y, alpha, V),
+        )
 
-        def common() -> Tensor:
-            d = y - alpha * self.offsets[nearest.squeeze(-1)]
-            return (-0.5 * (d.square().sum(-1, keepdim=True) / V + x.shape[-1] * V.log())).squeeze(-1)
+    def _common(self, y: Tensor, alpha: Tensor, V: Tensor, nearest: Tensor) -> Tensor:
+        d = y - alpha * self.offsets[nearest]
+        return (-0.5 * (d.square().sum(-1, keepdim=True) / V + y.shape[-1] * V.log())).squeeze(-1)
 
-        def data(r: Tensor) -> Tensor:
-            m = r @ self.offsets
-            return self.centre + m + (alpha * self.v / V) * (y - alpha * m)
+    def _data(self, y: Tensor, alpha: Tensor, V: Tensor, r: Tensor) -> Tensor:
+        m = r @ self.offsets
+        return self.centre + m + (alpha * self.v / V) * (y - alpha * m)
 
-        def pull(r: Tensor) -> Tensor:
-            return (y - alpha * (r @ self.offsets)) / V
-
-        return Terms(self.log_w + (h - h.gather(-1, nearest)) / V, common, data, pull)
+    def _pull(self, y: Tensor, alpha: Tensor, V: Tensor, r: Tensor) -> Tensor:
+        return (y - alpha * (r @ self.offsets)) / V
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +122,10 @@ class Diagonal:
         V = (a**2 * self.values + var[..., None]).clamp_min(TINY)
         repeat = x.shape[-1] / self.values.shape[-1]
         logits = self.log_w - 0.5 * ((d.square() / V).sum(-1) + repeat * V.log().sum(-1))
+        return Terms(logits, partial(_nothing, x), partial(self._data, d, a, V), partial(_weighted, 1 / V, d))
 
-        def data(r: Tensor) -> Tensor:
-            return r @ self.means + (r.unsqueeze(-1) * (a * self.values / V) * d).sum(-2)
-
-        def pull(r: Tensor) -> Tensor:
-            return (r.unsqueeze(-1) / V * d).sum(-2)
-
-        return Terms(logits, lambda: torch.zeros_like(x[..., 0]), data, pull)
+    def _data(self, d: Tensor, a: Tensor, V: Tensor, r: Tensor) -> Tensor:
+        return r @ self.means + _weighted(a * self.values / V, d, r)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,37 +145,28 @@ class Rotated:
         z = (x @ self.beside).unflatten(-1, self.rotated.shape) - a * self.rotated
         V = (a**2 * self.values + var[..., None]).clamp_min(TINY)
         quadratic, log_det = (z.square() / V).sum(-1), V.log().sum(-1)
-
-        def back(coefficients: Tensor) -> Tensor:
-            return coefficients.flatten(-2) @ self.beside.mT
-
-        def data(r: Tensor) -> Tensor:
-            return r @ self.means + back(r.unsqueeze(-1) * (a * self.values / V) * z)
-
-        def pull(r: Tensor) -> Tensor:
-            return back(r.unsqueeze(-1) / V * z)
-
-        def nothing() -> Tensor:
-            return torch.zeros_like(x[..., 0])
-
+        data, pull = partial(self._data, z, a * self.values / V), partial(self._back, z, 1 / V)
         floor = self.floor
         if floor is None:
-            return Terms(self.log_w - 0.5 * (quadratic + log_det), nothing, data, pull)
+            return Terms(self.log_w - 0.5 * (quadratic + log_det), partial(_nothing, x), data, pull)
 
         rest = x.unsqueeze(-2) - a * self.means - torch.einsum("...kr,kdr->...kd", z, self.basis)
         F = (alpha**2 * floor + var).clamp_min(TINY)
         D, rank = x.shape[-1], self.values.shape[-1]
         quadratic, log_det = quadratic + rest.square().sum(-1) / F, log_det + (D - rank) * F.log()
-
-        def add_rest(r: Tensor, inside: Tensor, gain: Tensor) -> Tensor:
-            return inside + ((r * gain).unsqueeze(-1) * rest).sum(-2)
-
+        on_data, on_pull = ((gain[..., None], rest) for gain in (alpha * floor / F, 1 / F))
         return Terms(
             self.log_w - 0.5 * (quadratic + log_det),
-            nothing,
-            lambda r: add_rest(r, data(r), alpha * floor / F),
-            lambda r: add_rest(r, pull(r), 1 / F),
+            partial(_nothing, x),
+            lambda r: data(r) + _weighted(*on_data, r),
+            lambda r: pull(r) + _weighted(*on_pull, r),
         )
+
+    def _back(self, z: Tensor, gain: Tensor, r: Tensor) -> Tensor:
+        return (r.unsqueeze(-1) * gain * z).flatten(-2) @ self.beside.mT
+
+    def _data(self, z: Tensor, gain: Tensor, r: Tensor) -> Tensor:
+        return r @ self.means + self._back(z, gain, r)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,24 +188,33 @@ class Reduced:
         a = y @ self.frame
         inner = self.inside.terms(a, alpha, var)
         F = (alpha**2 * self.floor + var).clamp_min(TINY)
+        outside = partial(self._outside, y, a, F)
+        on_data, on_pull = alpha * self.floor / F, 1 / F
+        logits, common = inner.logits, inner.common
+        if not self.same_floor:
+            logits = logits + outside()
+        return Terms(
+            logits,
+            (lambda: common() + outside()[..., 0]) if self.same_floor else common,
+            lambda r: self.centre + self._lift(y, a, on_data, r, inner.data(r)),
+            lambda r: self._lift(y, a, on_pull, r, inner.pull(r)),
+        )
 
-        def outside() -> Tensor:
-            # |y|^2 - |a|^2 would cancel far along the frame.
-            squares = (y - a @ self.frame.mT).square().sum(-1, keepdim=True)
-            return -0.5 * (squares / F + (y.shape[-1] - a.shape[-1]) * F.log())
+    def _outside(self, y: Tensor, a: Tensor, F: Tensor) -> Tensor:
+        # |y|^2 - |a|^2 would cancel far along the frame.
+        squares = (y - a @ self.frame.mT).square().sum(-1, keepdim=True)
+        return -0.5 * (squares / F + (y.shape[-1] - a.shape[-1]) * F.log())
 
-        def lift(part: Tensor, gain: Tensor) -> Tensor:
-            return gain * y + (part - gain * a) @ self.frame.mT
+    def _lift(self, y: Tensor, a: Tensor, gains: Tensor, r: Tensor, part: Tensor) -> Tensor:
+        """`part`, known inside the frame, with what gain y is outside of it."""
+        gain = (r * gains).sum(-1, keepdim=True)
+        return gain * y + (part - gain * a) @ self.frame.mT
 
-        def mixed(r: Tensor, gain: Tensor) -> Tensor:
-            return (r * gain).sum(-1, keepdim=True)
 
-        def data(r: Tensor) -> Tensor:
-            return self.centre + lift(inner.data(r), mixed(r, alpha * self.floor / F))
+def _weighted(gain: Tensor, d: Tensor, r: Tensor) -> Tensor:
+    """`sum_k r_k gain_k d_k` for d (B, K, D)."""
+    return (r.unsqueeze(-1) * gain * d).sum(-2)
 
-        def pull(r: Tensor) -> Tensor:
-            return lift(inner.pull(r), mixed(r, 1 / F))
 
-        if self.same_floor:
-            return Terms(inner.logits, lambda: inner.common() + outside()[..., 0], data, pull)
-        return Terms(inner.logits + outside(), inner.common, data, pull)
+def _nothing(x: Tensor) -> Tensor:
+    return torch.zeros_like(x[..., 0])

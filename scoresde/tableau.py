@@ -396,16 +396,12 @@ def output_law(table: Tableau, gaussian: Gaussian, sde: LinearSDE, prior: Gaussi
     return Gaussian(moved.view_as(gaussian.mean), through @ prior.cov @ through.T + frame * noise @ frame.T)
 
 
-def finite_guard(table: Tableau) -> Callable[[int, Tensor, Tensor], None]:
-    """Raises as soon as the network returns something that is not finite, naming call and time. Reads one
-    number per row: for the CPU."""
-
-    def guard(k: int, x: Tensor, F: Tensor) -> None:
-        # The sum is cheap, and may overflow by itself.
-        if not math.isfinite(F.sum().item()) and not F.isfinite().all():
-            raise not_finite(table, k, (~F.isfinite()).reshape(len(F), -1).any(1).nonzero()[:, 0].tolist())
-
-    return guard
+def check_finite(table: Tableau, k: int, x: Tensor, F: Tensor) -> None:
+    """Raises if what the network returned for row k is not finite, naming call and time. Reads one number:
+    for the CPU."""
+    # The sum is cheap, and may overflow by itself.
+    if not math.isfinite(F.sum().item()) and not F.isfinite().all():
+        raise not_finite(table, k, (~F.isfinite()).reshape(len(F), -1).any(1).nonzero()[:, 0].tolist())
 
 
 def not_finite(table: Tableau, k: int, samples: Sequence[int] = ()) -> FloatingPointError:

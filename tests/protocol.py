@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from scoresde import solvers
@@ -23,6 +25,7 @@ SDES: dict[str, LinearSDE] = {
 }
 
 
+@cache
 def examples() -> dict[str, Solver]:
     """Name -> solver object with all options worth testing: the library's own list, and further members of
     its family.
@@ -42,6 +45,7 @@ def examples() -> dict[str, Solver]:
     return {**{repr(solver): solver for solver in corners}, **solvers.examples()}
 
 
+@cache
 def table_solvers() -> dict[str, TableSolver]:
     """The examples that are tables on any grid."""
     return {name: s for name, s in examples().items() if isinstance(s, TableSolver) and not is_historical(s)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -172,27 +173,28 @@ def pullback(outputs: Tensor, inputs: Tensor) -> Pull:
 
     All M products at once where every operation of the network can be vectorised, else one after another.
     """
+    return partial(_pull, outputs, inputs)
 
-    def one(w: Tensor, *, batched: bool = False) -> Tensor:
-        if not outputs.requires_grad:  # does not depend on its input
-            return torch.zeros_like(w)
-        (g,) = torch.autograd.grad(
-            outputs,
-            inputs,
-            w.reshape(*w.shape[: w.ndim - 2], *outputs.shape),
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-        return torch.zeros_like(w) if g is None else g.reshape(w.shape)
 
-    def pull(W: Tensor) -> Tensor:
-        try:
-            return one(W, batched=True)
-        except RuntimeError:  # an operation has no vectorised derivative; a real fault comes again below
-            return torch.stack([one(w) for w in W])
+def _pull(outputs: Tensor, inputs: Tensor, W: Tensor) -> Tensor:
+    try:
+        return _product(outputs, inputs, W, batched=True)
+    except RuntimeError:  # an operation has no vectorised derivative; a real fault comes again below
+        return torch.stack([_product(outputs, inputs, w) for w in W])
 
-    return pull
+
+def _product(outputs: Tensor, inputs: Tensor, w: Tensor, *, batched: bool = False) -> Tensor:
+    if not outputs.requires_grad:  # does not depend on its input
+        return torch.zeros_like(w)
+    (g,) = torch.autograd.grad(
+        outputs,
+        inputs,
+        w.reshape(*w.shape[: w.ndim - 2], *outputs.shape),
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+    return torch.zeros_like(w) if g is None else g.reshape(w.shape)
 
 
 def _pulled(pull: Pull, probes: Tensor) -> Tensor:

@@ -170,14 +170,13 @@ class Adams(NamedTuple):
         lower = self._moved(state, s, nodes, outputs, old)  # without the oldest
         u, y = s.exp(), corrected[:, : self.dim]
         noise = y + like(1 - u, y) * slope[:, : self.dim]  # E[eps | y]
-
-        def effect(local: Tensor) -> Tensor:
-            # A step hands on l + log p_u(y), and grad log p_u(y) = -E[eps | y]/u.
-            return local[:, self.dim :].mean(1) - (noise * local[:, : self.dim]).sum(1) / u
-
-        local = corrected - predicted
-        error = SAFE * effect(corrected - lower).abs()
-        return _Proposal(corrected, slope, nodes, outputs, local[:, : self.dim], effect(local), error)
+        # A step hands on l + log p_u(y), and grad log p_u(y) = -E[eps | y]/u.
+        effect, missed = (
+            z[:, self.dim :].mean(1) - (noise * z[:, : self.dim]).sum(1) / u
+            for z in (corrected - predicted, corrected - lower)
+        )
+        local = corrected[:, : self.dim] - predicted[:, : self.dim]
+        return _Proposal(corrected, slope, nodes, outputs, local, effect, SAFE * missed.abs())
 
     def _moved(self, state: ODEState, s: Tensor, nodes: Tensor, outputs: Tensor, used: Tensor) -> Tensor:
         """[y | l] at s by the polynomials through the `used` outputs."""

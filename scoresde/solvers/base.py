@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import BaseDenoiser
+from ..denoiser import BaseDenoiser, Rows
 from ..grids import Grid
 from ..sde import LinearSDE
-from ..tableau import NoiseSource, Step, Tableau, finite_guard, not_finite, run
+from ..tableau import NoiseSource, Step, Tableau, check_finite, not_finite, run
 
 Callback = Callable[[Step], Any]
 Pair = tuple[Tensor, Tensor]
@@ -151,15 +152,9 @@ def execute(
         x = x.clone()  # dense: kernels round differently on strided and expanded states
         rows = model.rows(table.times[:-1], x)
         bad = None if x.device.type == "cpu" else torch.full((), len(table), device=x.device)
-        guard = finite_guard(table) if bad is None else _device_guard(bad)
-
-        def watched(k: int, state: Tensor, F: Tensor) -> None:
-            guard(k, state, F)
-            denoised = F * rows.b[k] + state * rows.a[k] if rows.a[k] else F * rows.b[k]
-            kept = callback(Step(k, float(table.times[k]), state, denoised)) if callback else None
-            path.extend([] if kept is None else [kept])
-
-        result = run(table, rows, x, noise, before=watched if callback else guard)
+        guard = partial(check_finite, table) if bad is None else partial(_mark_first_bad, bad)
+        before = guard if callback is None else _Watched(guard, rows, table.times, callback, path)
+        result = run(table, rows, x, noise, before=before)
         if bad is not None and int(bad) < len(table):
             raise not_finite(table, int(bad))
     return Samples(
@@ -167,13 +162,26 @@ def execute(
     )
 
 
-def _device_guard(bad: Tensor) -> Callable[[int, Tensor, Tensor], None]:
+@dataclass(frozen=True)
+class _Watched:
+    """Shows each row to a callback after the guard, and keeps what it returns."""
+
+    guard: Callable[[int, Tensor, Tensor], None]
+    rows: Rows
+    times: Tensor
+    callback: Callback
+    path: list[Any]
+
+    def __call__(self, k: int, x: Tensor, F: Tensor) -> None:
+        self.guard(k, x, F)
+        a, b = self.rows.a[k], self.rows.b[k]
+        kept = self.callback(Step(k, float(self.times[k]), x, F * b + x * a if a else F * b))
+        self.path.extend([] if kept is None else [kept])
+
+
+def _mark_first_bad(bad: Tensor, k: int, x: Tensor, F: Tensor) -> None:
     """Keeps the first row with a non-finite output in `bad`, on the device, without branching."""
-
-    def guard(k: int, x: Tensor, F: Tensor) -> None:
-        bad.copy_(torch.where(F.isfinite().all(), bad, bad.clamp(max=k)))
-
-    return guard
+    bad.copy_(torch.where(F.isfinite().all(), bad, bad.clamp(max=k)))
 
 
 def check_calls(calls: int, least: int, solver: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..denoiser import BaseDenoiser
 from ..grids import Grid
 from ..schedules import check_numbers
 from ..sde import LinearSDE
-from ..tableau import NoiseSource, Step, Tableau, finite_guard, run
+from ..tableau import NoiseSource, Step, Tableau, check_finite, run
 from .base import Callback, Card, Pair, Samples, check_calls, evaluating, from_pair
 from .singlestep import MIDPOINT, STAGES, singlestep_table
 
@@ -99,7 +100,7 @@ class Reversible:
         """Psi_{s,t}(u)."""
         table = _base_table(model.sde, s, t, self.order)
         rows = model.rows(table.times[:-1], u)
-        guard = finite_guard(table) if u.device.type == "cpu" else None
+        guard = partial(check_finite, table) if u.device.type == "cpu" else None
         moved = run(table, rows, u * float(_scale(model.sde, s)), None, before=guard)
         return moved / float(_scale(model.sde, t)) - u
 
