@@ -27,7 +27,7 @@ from scoresde.networks import UNet
 from scoresde.noise import Noise
 from scoresde.sampling import decode, default_grid, encode, make_grid, sample, slerp
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE, like
-from scoresde.solvers.base import Samples, TableSolver, _device_guard, execute
+from scoresde.solvers.base import Samples, TableSolver, _mark_first_bad, execute
 from scoresde.tableau import Step
 
 VP = VPSDE()
@@ -266,7 +266,7 @@ def test_float32_keeps_up_over_1000_steps(name: str, unchecked) -> None:
 def test_the_guard_of_devices_keeps_the_first_bad_row() -> None:
     """What runs on an accelerator, here on the CPU: one NaN among finite numbers counts."""
     bad, fine = torch.full((), 5), torch.ones(2, 3)
-    guard = _device_guard(bad)
+    guard = partial(_mark_first_bad, bad)
     guard(0, fine, fine)
     assert int(bad) == 5
     for k in (2, 3):
