@@ -17,6 +17,8 @@ pytest.importorskip("matplotlib")
 
 from scoresde import VPSDE, checkpoint, cli, digits, grids, solvers
 from scoresde.networks import MLP
+from scoresde.select import Comparison
+from scoresde.select.runs import How, Runner
 from scoresde.train.run import Run
 
 CHECKPOINT = Path(__file__).parents[1] / "benchmarks" / "digits.safetensors"
@@ -244,6 +246,62 @@ def test_a_network_for_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
 
 
+COMPARE = ["compare", str(CHECKPOINT), "--calls", "3,4", "--n", "8", "--solvers", "ddim", "dpmpp(2)"]
+GRIDS = ["--grids", "quadratic", "karras(rho=5)"]
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], unchecked: None):
+    """Every file says the same; the same command again makes nothing anew."""
+    out = tmp_path / "new" / "out"
+    assert cli.main([*COMPARE, *GRIDS, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    names = ["comparison.csv", "comparison.json", "comparison.md", "comparison.png", "runs"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    found = Comparison.from_json((out / "comparison.json").read_text())
+    assert {row.name for row in found.rows} == {
+        f"{solver} on {grid}" for solver in ("ddim", "dpmpp(2)") for grid in ("quadratic", "karras(rho=5)")
+    }
+    assert [found.about.n, found.budgets(), found.about.shape] == [8, [3, 4], (1, 8, 8)]
+    assert str(found) in printed and str(found) in (out / "comparison.md").read_text()
+    assert len((out / "comparison.csv").read_text().splitlines()) == 1 + 8
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*COMPARE, *GRIDS, "--out", str(out)]) == 0
+    again = Comparison.from_json((out / "comparison.json").read_text())
+    assert again.rows == found.rows and again.about.calls == 0
+
+
+def test_compare_with_data_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], unchecked: None):
+    table = solvers.dpmpp(2).tableau(VPSDE(), grids.quadratic(VPSDE(), 6))
+    (tmp_path / "mine.json").write_text(table.to_json())
+    np.save(tmp_path / "data.npy", digits.load().held_out.x.numpy())
+    listed = ["--solvers", "ddpm", str(tmp_path / "mine.json"), "--grids", "quadratic"]
+    options = ["--data", str(tmp_path / "data.npy"), "--out", str(tmp_path), "--n", "20", "--calls", "6"]
+    assert cli.main(["compare", str(CHECKPOINT), *listed, *options]) == 0
+    found = Comparison.from_json((tmp_path / "comparison.json").read_text())
+    assert {row.name for row in found.rows} == {"ddpm on quadratic", str(tmp_path / "mine.json")}
+    assert found.about.floor is not None and "energy distance" in capsys.readouterr().out
+
+
+def test_interrupted_compare_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unchecked: None
+):
+    measured = Runner.measured
+
+    def interrupted(run: Runner, how: How, kept: int | None):
+        if len(list((tmp_path / "runs").glob("*.json"))) == 3:
+            raise KeyboardInterrupt
+        return measured(run, how, kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "measured", interrupted)
+        assert cli.main([*COMPARE, *GRIDS, "--out", str(tmp_path)]) == 130
+    captured = capsys.readouterr()
+    assert "interrupted. The same command goes on." in captured.err and "Left out" in captured.out
+    assert len(Comparison.from_json((tmp_path / "comparison.json").read_text()).rows) == 3
+    assert cli.main([*COMPARE, *GRIDS, "--out", str(tmp_path)]) == 0
+    assert len(Comparison.from_json((tmp_path / "comparison.json").read_text()).rows) == 8
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -259,6 +317,14 @@ def test_a_network_for_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["quickstart", "--n", "1"], "at least 2 samples"),
         (["quickstart", "--resume", "--out", "nowhere"], "leave out --resume"),
         (["train", "--steps", "0"], "steps"),
+        (["sample", str(CHECKPOINT), "--grid", "carré"], "expected a grid"),
+        (["compare", "missing.safetensors"], "missing.safetensors"),
+        (["compare", str(CHECKPOINT), "--calls", "5;10"], 'as in "5,10,20"'),
+        (["compare", str(CHECKPOINT), "--calls", "0"], "numbers of network calls"),
+        (["compare", str(CHECKPOINT), "--solvers", "ddpm"], "deterministic solvers"),
+        (["compare", str(CHECKPOINT), "--solvers", "dpm++"], "expected a solver"),
+        (["compare", str(CHECKPOINT), "--grids", "open('hacked', 'w')"], "expected a grid"),
+        (["compare", str(CHECKPOINT), "--data", "data.csv"], "an .npy file"),
     ],
 )
 def test_one_clear_line(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from scoresde import plots
+from scoresde.select.comparison import About, Comparison, Row
 
 
 def cells(figure) -> dict[tuple[int, int], torch.Tensor]:
@@ -98,3 +103,44 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"scoresde\[plots\]"):
         plots.image_rows({"a": torch.zeros(1, 1, 8, 8)})
+
+
+# ---- fronts
+
+
+def comparison(*errors: float, floor: float | None = None) -> Comparison:
+    """Solver a with 5, 10, ... calls and these errors; b ten times as good and half as fast, with 6 calls."""
+    about = About(
+        n=9, shape=(2,), seed=0, end=0.001, measure="distance", flip=None, reference="r",
+        reference_error=None, floor=floor, floor_std=0.0, calls=9, seconds=1.0, device="cpu",
+    )  # fmt: skip
+    rows = [Row("a", "g", 5 * i, 5 * i, 0.1 * i, None, e, e, e) for i, e in enumerate(errors, 1)]
+    return Comparison((*rows, Row("b", "g", 6, 6, 0.2, None, errors[0] / 10, 0.0, 1.0)), about)
+
+
+def lines(ax) -> dict[str, list[tuple[float, float]]]:
+    return {line.get_label(): [(float(x), float(y)) for x, y in line.get_xydata()] for line in ax.lines}
+
+
+def test_fronts_show_error_and_cost():
+    figure = plots.fronts(comparison(0.5, 0.2, 0.01), title="Mine")
+    calls, seconds = figure.axes
+    assert lines(calls)["front"] == [(5, 0.5), (6, 0.05), (15, 0.01)]
+    assert lines(calls)["a"] == [(5, 0.5), (10, 0.2), (15, 0.01)] and lines(calls)["b"] == [(6, 0.05)]
+    assert lines(seconds)["front"] == [(0.1, 0.5), (0.2, 0.05), (pytest.approx(0.3), 0.01)]
+    assert [ax.get_xscale() + ax.get_yscale() for ax in figure.axes] == ["loglog"] * 2
+    assert calls.get_xlabel() == "network calls" and calls.get_ylabel() == "distance"
+    assert figure.get_suptitle() == "Mine"
+    assert "resolution" not in lines(calls)
+    assert "b" not in lines(plots.fronts(comparison(0.5, 0.2), named=1).axes[0])
+
+
+def test_errors_without_a_logarithm_are_at_the_edge():
+    figure = plots.fronts(comparison(0.5, -0.2, math.inf, floor=0.1))
+    assert lines(figure.axes[0])["a"] == [(5, 0.5), (10, 0.05)]
+    assert {y for _, y in lines(figure.axes[0])["resolution"]} == {0.1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.fronts(comparison(0.0)).savefig(BytesIO())
+    with pytest.raises(ValueError, match="finite errors"):
+        plots.fronts(replace(comparison(0.5), rows=()))

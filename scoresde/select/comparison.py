@@ -131,12 +131,13 @@ class Comparison:
             raise ValueError(f"expected a run with at most {calls} calls, found none in this comparison")
         return min(fitting, key=lambda row: row.rank)
 
-    def front(self, cost: Callable[[Row], float] = lambda row: row.calls) -> list[Row]:
+    def front(self, cost: Callable[[Row], float] | None = None) -> list[Row]:
         """The non-dominated rows, by rising cost: no other row is as cheap and as good, and better in one.
         Rows below `About.resolution` are equally good.
 
-        cost: calls by default; `by_seconds` is the other one that is printed.
+        cost: `by_calls` if None; `by_seconds` is the other one that is printed.
         """
+        cost = by_calls if cost is None else cost
 
         def told(row: Row) -> float:
             return max(row.rank, self.about.resolution)
@@ -228,8 +229,13 @@ class Comparison:
         return file.getvalue()
 
 
+def by_calls(row: Row) -> float:
+    """The cost in network calls."""
+    return row.calls
+
+
 def by_seconds(row: Row) -> float:
-    """The other cost."""
+    """The cost in seconds."""
     return row.seconds
 
 
