@@ -138,10 +138,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help="training steps of the classifier")
     parser.add_argument("--each", type=int, default=40, help="samples of each class")
     parser.add_argument("--inverse", action="store_true", help="only the pictures of inverse problems")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     data = digits.load()
     model = checkpoint.load(HERE / "digits.safetensors").float().eval()
-    picture({**inverse(model, data), **between(model, data)}, "guidance_inverse.png")
+    picture({**inverse(model, data), **between(model, data)}, options.out / "guidance_inverse.png")
     if options.inverse:
         return
     label = digits.labels(options.each * digits.CLASSES)
@@ -173,12 +175,11 @@ def main() -> None:
 
     shown = {name: x for name, x in pictures.items() if name in pictures_worth_it(rows)}
     write(rows, noisy, options)
-    picture({"real": data.held_out.x[:20], **shown}, "guidance.png")
+    picture({"real": data.held_out.x[:20], **shown}, options.out / "guidance.png")
 
 
-def picture(rows: dict[str, Tensor], name: str) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    plots.image_rows(rows, columns=20, title="guidance on digits").savefig(RESULTS / name, dpi=110)
+def picture(rows: dict[str, Tensor], path: Path) -> None:
+    plots.image_rows(rows, columns=20, title="guidance on digits").savefig(path, dpi=110)
 
 
 def pictures_worth_it(rows: list[Row]) -> list[str]:
@@ -253,10 +254,10 @@ def write(rows: list[Row], noisy: dict[float, float], options: argparse.Namespac
         __doc__.strip(),
         "```",
     ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "guidance.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    record = {"rows": [row._asdict() for row in rows], "guide": noisy, "options": vars(options)}
-    (RESULTS / "guidance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (options.out / "guidance.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    record = {"rows": [row._asdict() for row in rows], "guide": noisy, "options": settings}
+    (options.out / "guidance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 
