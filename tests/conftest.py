@@ -1,8 +1,8 @@
 """What every test may ask for: a device, a dtype, a ledger of false alarms; and what every run does.
 
 Annotations of scoresde are checked at run time (jaxtyping's shapes, by beartype) unless --no-typecheck is
-given or the test asks for the fixture `unchecked`. Hypothesis profiles are ci (default), quick and nightly,
-chosen by --hypothesis-profile or the environment variable HYPOTHESIS_PROFILE.
+given or the test asks for the fixture `unchecked`. Hypothesis profiles are ci (default), quick, fresh and
+nightly, chosen by --hypothesis-profile or the environment variable HYPOTHESIS_PROFILE.
 """
 
 from __future__ import annotations

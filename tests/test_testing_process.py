@@ -641,12 +641,12 @@ def test_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, examples in profiles.EXAMPLES.items():
             profiles.load(name)
             assert settings.default.max_examples == examples and settings.default.deadline is None
-            assert settings.default.derandomize == (name != "nightly")
+            assert settings.default.derandomize == (name in ("quick", "ci"))
         monkeypatch.setenv(profiles.VARIABLE, "quick")
         profiles.load()
         assert settings.get_current_profile_name() == "quick"
         with pytest.raises(
-            ValueError, match=r"expected a profile of \['ci', 'nightly', 'quick'\], found 'fast'"
+            ValueError, match=r"expected a profile of \['ci', 'fresh', 'nightly', 'quick'\], found 'fast'"
         ):
             profiles.load("fast")
     finally:

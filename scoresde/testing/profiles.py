@@ -1,7 +1,7 @@
-"""Hypothesis profiles: quick while writing, ci for every change, nightly for the search.
+"""Hypothesis profiles: quick while writing, ci for every change, fresh and nightly for the search.
 
-quick and ci draw the same cases every time, so that a red run can be repeated; nightly draws new ones and
-prints the blob that repeats a failure.
+quick and ci draw the same cases every time, so that a red run can be repeated; fresh (as many as ci) and
+nightly draw new ones, or those of `--hypothesis-seed`, and print the blob that repeats a failure.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import os
 
 import hypothesis
 
-EXAMPLES = {"quick": 5, "ci": 30, "nightly": 2000}
+EXAMPLES = {"quick": 5, "ci": 30, "fresh": 30, "nightly": 2000}
+REPEATABLE = ("quick", "ci")
 VARIABLE = "HYPOTHESIS_PROFILE"
 
 
 def register() -> None:
-    """Register the three profiles with hypothesis, under their names."""
+    """Register the profiles with hypothesis, under their names."""
     for name, examples in EXAMPLES.items():
-        repeatable: dict = {} if name == "nightly" else {"derandomize": True, "database": None}
+        repeatable: dict = {"derandomize": True, "database": None} if name in REPEATABLE else {}
         hypothesis.settings.register_profile(
             name,
             hypothesis.settings.get_profile("default"),  # not whatever is loaded now
