@@ -15,7 +15,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .denoiser import SCORE, BaseDenoiser, Prediction
@@ -387,6 +387,14 @@ class ExactDenoiser(BaseDenoiser):
     def forward(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, "b ..."]:
         terms = self._terms(x, t)
         return terms.data(terms.logits.softmax(-1)).reshape(x.shape).to(x.dtype)
+
+    def of_component(
+        self, x: Float[Tensor, "b ..."], t: Time, k: Int64[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        """E[x_0 | x_t = x, x_0 from component k], one component for each sample."""
+        terms = self._terms(x, t)
+        alone = torch.nn.functional.one_hot(k, terms.logits.shape[-1]).double()
+        return terms.data(alone).reshape(x.shape).to(x.dtype)
 
     def score(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, "b ..."]:
         """grad log p_t(x) = -sum_k r_k V_k^-1 (x - alpha m_k)."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scoresde import EDM, VPSDE, Rectified, grids, solvers
-from scoresde.select import GRIDS, Candidate, pool
+from scoresde.select import GRIDS, Candidate, gaussian_surrogate, pool, recommend
 from scoresde.select.candidates import solver_name
 from scoresde.solvers.exponential import er_noise_level
 
@@ -84,3 +84,11 @@ def test_tables_without_finite_coefficients_are_left_out_and_wrong_ends_are_name
         assert sum(t is not None for t in tables) > len(tables) / 2
     with pytest.raises(ValueError, match="expected an end"):
         pool()[0].table(SDE, 8, end=2.0)
+
+
+@pytest.mark.parametrize("need", ["samples", "encode", "diversity"])
+def test_annotations_hold_for_a_recommendation(need):
+    data = torch.randn(32, 2, generator=torch.Generator().manual_seed(1)).double()
+    few = pool(need == "diversity")[::200]
+    found = recommend(SDE, data, 9, need, surrogate=gaussian_surrogate, candidates=few)
+    assert found.best.error <= found.ranking[-1].error

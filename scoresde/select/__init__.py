@@ -3,13 +3,22 @@
 from .candidates import GRIDS, Candidate, pool
 from .compare import Budget, compare
 from .comparison import Comparison, rank_agreement
+from .recommend import DensityRule, Ranked, Recommendation, recommend
+from .surrogate import Surrogate, gaussian_surrogate, mixture_surrogate
 
 __all__ = [
     "GRIDS",
     "Budget",
     "Candidate",
     "Comparison",
+    "DensityRule",
+    "Ranked",
+    "Recommendation",
+    "Surrogate",
     "compare",
+    "gaussian_surrogate",
+    "mixture_surrogate",
     "pool",
     "rank_agreement",
+    "recommend",
 ]

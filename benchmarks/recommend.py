@@ -1,0 +1,302 @@
+"""How well `select.recommend` predicts, from a batch of data, which solver and grid are best.
+
+    python -m benchmarks.recommend [--seed S] [--mixtures N] [--calls 5 10 ...] [--out FOLDER]
+
+VP(0.1, 20), t from 1 to 1e-3. Mixtures of 2 to 64 dimensions are drawn at random: 2 to 16 modes of unequal
+weight, each with its own rotated covariance; spreads and widths vary. `recommend` sees 2048 samples of one,
+not the law. Then every candidate is run on the mixture itself from other noises, and has as its true error
+
+samples    the median distance from the exact solution over 32 noises: all of `pool()`
+diversity  the sliced 2-Wasserstein distance of 2048 samples from the law: one in 13 of
+           `pool(stochastic=True)`, on the mixtures of up to 8 dimensions. Errors below what true samples have
+           cannot be told apart, so the same is done on a second set of noises: the correlation between the
+           two is what a perfect prediction would be found to have
+
+For every mixture and number of calls: Spearman's correlation of predicted and true errors over all
+candidates, and the true error of the recommended one over the least (of what exceeds the floor in the square,
+at least half the floor). Beside them those of the plain Gaussian surrogate, and of fixed choices. The seed of
+the scored mixtures was not used in development.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scoresde import VPSDE
+from scoresde.laws import Law, Mixture
+from scoresde.select import Candidate, Recommendation, gaussian_surrogate, mixture_surrogate, pool, recommend
+from scoresde.select.tables import run_stack, stack
+from scoresde.tableau import Tableau
+
+from .accuracy import reference
+from .accuracy_sde import Sliced
+
+SDE = VPSDE()
+SEED, MIXTURES, CALLS = 20261125, 30, (5, 10, 20, 50)
+DATA, NOISES, SAMPLES = 2048, 32, 2048
+STRIDE, SMALL = 13, 8  # of the stochastic half: one candidate in so many, up to so many dimensions
+PART = 2**19  # numbers of a batch of states
+RESULTS = Path(__file__).parent / "results"
+FIXED = (  # what else one might do: popular choices, and the best single one of benchmarks.accuracy
+    "dpmpp(2) on log_snr",
+    "unipc(3) on log_snr",
+    "heun() on karras(rho=7)",
+    "exponential(6, corrector=7, variable='t') on power(exponent=3)",
+)
+
+
+def random_mixture(generator: torch.Generator, dim: int) -> Mixture:
+    """Of unit scale: modes within a distance of about 1 a coordinate, of standard deviations between 0.02 and
+    0.8."""
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+    modes = int(uniform(2, 17))
+    low, high, spread = uniform(0.02, 0.12), uniform(0.2, 0.8), uniform(0.3, 1.2)
+    weights = torch.rand(modes, generator=generator, dtype=torch.float64) + 0.3
+    spectrum = torch.logspace(math.log10(low), math.log10(high), dim, dtype=torch.float64) ** 2
+    bases = torch.linalg.qr(torch.randn(modes, dim, dim, generator=generator, dtype=torch.float64)).Q
+    means = spread * torch.randn(modes, dim, generator=generator, dtype=torch.float64)
+    return Mixture(weights / weights.sum(), means, bases * spectrum @ bases.mT)
+
+
+def dimensions(count: int) -> list[int]:
+    """From 2 to 64, evenly in the logarithm."""
+    return [round(2 * 32 ** (i / max(count - 1, 1))) for i in range(count)]
+
+
+class Outcome(NamedTuple):
+    """Spearman's correlation with the true errors, and how many times the least true error was chosen."""
+
+    spearman: float
+    ratio: float
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Correlation of ranks; equal values share their mean rank."""
+    one, two = (ranks(torch.tensor(v, dtype=torch.float64)) for v in (a, b))
+    return float(torch.corrcoef(torch.stack([one, two]))[0, 1])
+
+
+def ranks(values: Tensor) -> Tensor:
+    """0..n - 1, equal values sharing the mean of theirs."""
+    _, kind, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - 0.5 * (counts + 1)).double()[kind]
+
+
+def parts(tables: list[Tableau], states: int) -> Iterator[list[Tableau]]:
+    """So many at a time that their states together are not too many."""
+    size = max(1, PART // states)
+    return (tables[i : i + size] for i in range(0, len(tables), size))
+
+
+def true_distances(law: Law, tables: list[Tableau], generator: torch.Generator) -> list[float]:
+    """Median distances from the exact solution."""
+    model = law.denoiser(SDE)
+    x = torch.randn(NOISES, law.dim, generator=generator, dtype=torch.float64)
+    wanted = reference(model, x)
+    errors = [(run_stack(stack(part), model, x) - wanted) for part in parts(tables, x.numel())]
+    return (
+        torch.cat([e.square().mean(2).sqrt().median(1).values for e in errors]).nan_to_num(math.inf).tolist()
+    )
+
+
+class Truth(NamedTuple):
+    """Errors, and that of true samples."""
+
+    errors: list[float]
+    floor: float
+
+    def excess(self) -> list[float]:
+        least = 0.5 * self.floor
+        return [max(math.sqrt(max(e**2 - self.floor**2, 0.0)), least) for e in self.errors]
+
+
+def true_laws(law: Law, tables: list[Tableau], generator: torch.Generator) -> Truth:
+    """Sliced distances of samples from the law."""
+    model, rows = law.denoiser(SDE), max(map(len, tables))
+    directions = torch.randn(64, law.dim, generator=generator, dtype=torch.float64)
+    distance = Sliced(law.marginal(SDE, float(SDE.default_end)), directions, SAMPLES, generator)
+    x, *noise = torch.randn(1 + rows, SAMPLES, law.dim, generator=generator, dtype=torch.float64)
+    found = [run_stack(stack(part), model, x, noise) for part in parts(tables, x.numel())]
+    return Truth([distance(samples) for part in found for samples in part], distance.floor)
+
+
+def predictions(found: Recommendation, candidates: Sequence[Candidate]) -> list[float]:
+    """The expected errors in the order of the candidates."""
+    by_candidate = {r.candidate: r.error for r in found.ranking}
+    return [by_candidate[c] for c in candidates]
+
+
+def outcome(predicted: list[float], order_by: list[float], true: list[float]) -> Outcome:
+    """Of predicted errors."""
+    chosen = min(range(len(true)), key=predicted.__getitem__)
+    return Outcome(spearman(predicted, order_by), true[chosen] / min(true))
+
+
+SURROGATES = {"mixture": mixture_surrogate, "gaussian": gaussian_surrogate}
+
+
+def one(seed: int, number: int, dim: int, calls: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for every need and number of calls."""
+    generator = torch.Generator().manual_seed(seed + number)
+    law = random_mixture(generator, dim)
+    data = law.sample(DATA, generator=generator)
+    started = time.process_time()
+    fitted = {name: fit(data) for name, fit in SURROGATES.items()}
+    fit_seconds = time.process_time() - started
+    about = {
+        "mixture": number,
+        "dim": dim,
+        "modes": len(law.means),
+        "fitted": len(fitted["mixture"].law.means),
+    }
+    for need in ("samples", "diversity")[: 2 if dim <= SMALL else 1]:
+        offered = pool() if need == "samples" else pool(stochastic=True)[::STRIDE]
+        for n in calls:
+            found = {name: recommend(SDE, s, n, need, candidates=offered) for name, s in fitted.items()}
+            listed = [r.candidate for r in found["mixture"].ranking]
+            tables = [c.table(SDE, n) for c in listed]
+            row = {**about, "need": need, "calls": n, "candidates": len(listed)}
+            if need == "samples":
+                raw = true = true_distances(law, tables, generator)
+            else:
+                first, second = (true_laws(law, tables, generator) for _ in range(2))
+                raw, true = first.errors, first.excess()
+                row["ceiling"] = spearman(first.errors, second.errors)
+            for name in SURROGATES:
+                row[name] = outcome(predictions(found[name], listed), raw, true)._asdict()
+            row["fixed"] = {
+                c.name: e / min(true) for c, e in zip(listed, true, strict=True) if c.name in FIXED
+            }
+            row["seconds"] = {name: r.seconds for name, r in found.items()} | {"fit": fit_seconds}
+            row["best"], row["chosen"] = (
+                listed[true.index(min(true))].name,
+                found["mixture"].best.candidate.name,
+            )
+            yield row
+
+
+def quantile(values: list[float], q: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
+
+
+def cells(rows: list[dict[str, Any]], name: str) -> list[str]:
+    """Mean correlation, median and 90th percentile of the ratio."""
+    ratios = [row[name]["ratio"] for row in rows]
+    mean = sum(row[name]["spearman"] for row in rows) / len(rows)
+    return [f"{mean:.3f}", f"{quantile(ratios, 0.5):.2f}", f"{quantile(ratios, 0.9):.2f}"]
+
+
+def report(result: dict[str, Any]) -> str:
+    """The tables of the result in Markdown."""
+    rows, lines = result["rows"], []
+    for need in dict.fromkeys(row["need"] for row in rows):
+        here = [row for row in rows if row["need"] == need]
+        lines += [
+            f"## {need}",
+            "",
+            "| calls | mixtures | Spearman | error over the least: median | 90 % "
+            "| Gaussian: Spearman | median | 90 % | ceiling |",
+            "|---" * 9 + "|",
+        ]
+        for calls in [*dict.fromkeys(row["calls"] for row in here), "all"]:
+            part = [row for row in here if calls in (row["calls"], "all")]
+            ceiling = [row["ceiling"] for row in part if "ceiling" in row]
+            top = f"{sum(ceiling) / len(ceiling):.3f}" if ceiling else "-"
+            shown = [calls, len(part), *cells(part, "mixture"), *cells(part, "gaussian"), top]
+            lines.append("| " + " | ".join(map(str, shown)) + " |")
+        lines += [""]
+        for name in FIXED:
+            known = [row["fixed"][name] for row in here if name in row["fixed"]]
+            if known:
+                lines.append(
+                    f"Always {name}: {quantile(known, 0.5):.2f} times the least error in the median, "
+                    f"{quantile(known, 0.9):.2f} at 90 %."
+                )
+        lines += [""]
+    samples = [row for row in rows if row["need"] == "samples"]
+    worst = sorted(samples, key=lambda row: -row["mixture"]["ratio"])[:5]
+    lines += ["Worst choices (samples):", ""]
+    lines += [
+        f"- {row['dim']} dimensions, {row['modes']} modes, {row['calls']} calls: "
+        f"{row['mixture']['ratio']:.2f} times; {row['chosen']} for {row['best']}"
+        for row in worst
+    ]
+    fit, run = (quantile([row["seconds"][k] for row in samples], 0.5) for k in ("fit", "mixture"))
+    lines += [
+        "",
+        f"Seconds in the median: {fit:.2f} to fit both surrogates, {run:.2f} to rank "
+        f"{samples[0]['candidates']} candidates. Seed {result['seed']}; "
+        f"{result['cpu_seconds']:.0f} CPU seconds.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Correlation and ratio of every mixture against its dimension."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    needs = list(dict.fromkeys(row["need"] for row in rows))
+    figure, axes = plt.subplots(2, len(needs), figsize=(5.2 * len(needs), 7), squeeze=False)
+    for column, need in zip(axes.T, needs, strict=True):
+        here = [row for row in rows if row["need"] == need]
+        for name, color, marker in (("gaussian", "#d95f02", "x"), ("mixture", "#1f77b4", "o")):
+            dims = [row["dim"] for row in here]
+            for axis, key in zip(column, ("spearman", "ratio"), strict=True):
+                axis.scatter(dims, [row[name][key] for row in here], s=14, c=color, marker=marker, label=name)
+        column[0].set(
+            title=need, xscale="log", ylim=(None, 1.02), ylabel="Spearman's correlation, all candidates"
+        )
+        column[1].set(
+            xscale="log", yscale="log", xlabel="dimensions", ylabel="error of the choice / least error"
+        )
+        column[1].axhline(1.25, color="gray", lw=0.8, ls=":")
+        for axis in column:
+            axis.grid(alpha=0.25, lw=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False, title="surrogate")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--mixtures", type=int, default=MIXTURES)
+    parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    started, rows = time.process_time(), []
+    for number, dim in enumerate(dimensions(args.mixtures)):
+        for row in one(args.seed, number, dim, args.calls):
+            rows.append(row)
+            told = [f"{name} {row[name]['spearman']:.3f} {row[name]['ratio']:.2f}" for name in SURROGATES]
+            print(number, dim, row["modes"], row["fitted"], row["need"], row["calls"], *told, flush=True)
+    result = {"seed": args.seed, "cpu_seconds": time.process_time() - started, "rows": rows}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "recommend.json").write_text(
+        json.dumps(result).replace('{"mixture": ', '\n{"mixture": ') + "\n"
+    )
+    (args.out / "recommend.md").write_text(report(result))
+    picture(rows, args.out / "recommend.png")
+    print(report(result))
+
+
+if __name__ == "__main__":
+    main()

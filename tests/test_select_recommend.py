@@ -1,0 +1,445 @@
+"""Surrogates, the exact maps of tables, and what `recommend` makes of them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from scoresde import EDM, VPSDE, Rectified, decode, encode, grids, likelihood, sample, solvers
+from scoresde.laws import Gaussian, Mixture
+from scoresde.select import (
+    GRIDS,
+    Candidate,
+    Surrogate,
+    gaussian_surrogate,
+    mixture_surrogate,
+    pool,
+    recommend,
+)
+from scoresde.select.tables import maps, run_stack, stack
+from scoresde.solvers.base import Card, TableSolver
+from scoresde.tableau import Tableau
+
+pytestmark = pytest.mark.usefixtures("unchecked")  # thousands of calls of small functions
+
+MODULE = sys.modules[recommend.__module__]  # scoresde.select.recommend is the function
+SDE = VPSDE()
+FEW = pool()[::9]
+FEW_SDE = pool(stochastic=True)[::11]
+HEUN = Candidate(solvers.heun(), grids.uniform, "uniform")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """A reference that is exact enough for few calls, and fast under run-time checks."""
+    monkeypatch.setattr(MODULE, "REFERENCE_STEPS", 40)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def spearman(a, b):
+    ranks = [torch.tensor(v).argsort().argsort().double() for v in (a, b)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def errors(recommendation):
+    return {r.candidate: r.error for r in recommendation.ranking}
+
+
+def blobs(dim=3, modes=4, spread=1.5, std=0.15):
+    weights = torch.arange(1, modes + 1, dtype=torch.float64)
+    factors = std * normal(modes, dim, dim, seed=3)
+    covs = factors @ factors.mT + 0.05**2 * torch.eye(dim, dtype=torch.float64)
+    return Mixture(weights / weights.sum(), spread * normal(modes, dim, seed=2), covs)
+
+
+def some_tables(calls=(5, 8)):
+    return [table for n in calls for c in FEW[::5] + FEW_SDE[::5] if (table := c.table(SDE, n)) is not None]
+
+
+# Many tables at once
+
+
+def test_maps_are_the_exact_laws_of_the_tables():
+    mean = torch.tensor([0.7, -1.0, 2.0, 0.3], dtype=torch.float64)
+    variances = torch.tensor([0.01, 0.3, 2.0, 0.0], dtype=torch.float64)
+    tables = some_tables()
+    found = maps(stack(tables), SDE, variances)
+    assert len({len(t) for t in tables}) > 1
+    assert len({t.mix.shape[1] for t in tables}) > 2
+    assert any(bool(t.noise.any()) for t in tables)
+    for i, table in enumerate(tables):
+        law = table.law(Gaussian(mean, variances), SDE)
+        assert torch.allclose(found.constant[i] * mean, law.mean, rtol=1e-9, atol=1e-11)
+        variance = found.slope[i] ** 2 + found.spread[i] ** 2
+        assert torch.allclose(variance, law.variance, rtol=1e-9, atol=1e-11)
+
+
+def test_a_stack_runs_like_its_tables():
+    law = blobs()
+    model, tables = law.denoiser(SDE), some_tables()
+    x, noise = normal(5, 3), normal(8, 5, 3, seed=1)
+    found = run_stack(stack(tables), model, x, list(noise))
+    for i, table in enumerate(tables):
+        alone = solvers.from_tableau(table).solve(
+            model, x, table.times[[0, -1]], noise=lambda k, shape: noise[k]
+        )
+        assert torch.allclose(found[i], alone.x, rtol=1e-9, atol=1e-10), table.name
+
+
+# Errors on a Gaussian are exact
+
+
+class Flow(NamedTuple):
+    """x -> slope x + shift, from a start of a mean and variance."""
+
+    slope: float
+    shift: float
+    mean: float
+    variance: float
+
+
+def found_flow(candidate, model, need, calls):
+    """What a candidate does to numbers, from runs from 0 and from 1."""
+    how = {"steps": candidate.steps(calls), "grid": candidate.grid}
+    go = decode if need == "samples" else encode
+    ends = go(model, torch.tensor([[0.0], [1.0]], dtype=torch.float64), candidate.solver, **how).x.flatten()
+    return float(ends[1] - ends[0]), float(ends[0])
+
+
+def exact_flow(sde, m, v, need):
+    """The flow keeps (x - alpha m)/V^(1/2)."""
+    times = [sde.t_max, sde.default_end][:: 1 if need == "samples" else -1]
+    a, b = (float(sde.alpha(t)) for t in times)
+    V, W = (float(sde.alpha(t) ** 2 * v + sde.sigma(t) ** 2) for t in times)
+    slope = math.sqrt(W / V)
+    start = (0.0, sde.prior_std**2) if need == "samples" else (a * m, V)
+    return Flow(slope, (b - slope * a) * m, *start)
+
+
+@pytest.mark.parametrize("sde", [SDE, EDM(0.01, 10.0)])
+@pytest.mark.parametrize("need", ["samples", "encode"])
+def test_distances_on_a_gaussian_against_runs(need, sde):
+    mean, variances = [0.8, -0.3, 0.0], [0.02, 0.5, 1.3]
+    data = torch.tensor(mean, dtype=torch.float64), torch.tensor(variances, dtype=torch.float64)
+    got = errors(recommend(sde, data, 7, need, candidates=FEW[::12]))
+    assert len(got) > 3
+    for candidate, error in got.items():
+        squares = 0.0
+        for m, v in zip(mean, variances, strict=True):
+            slope, shift = found_flow(candidate, Gaussian([m], v).denoiser(sde), need, 7)
+            exact = exact_flow(sde, m, v, need)
+            off = slope - exact.slope
+            squares += off**2 * exact.variance + (off * exact.mean + shift - exact.shift) ** 2
+        assert error == pytest.approx(math.sqrt(squares / 3), rel=1e-6)
+
+
+def test_laws_of_stochastic_solvers_on_a_gaussian():
+    law = Gaussian(torch.tensor([0.8, -0.3, 0.0]), torch.tensor([0.02, 0.5, 1.3]))
+    got = errors(recommend(SDE, law, 7, "diversity", candidates=FEW_SDE))
+    wanted = law.marginal(SDE, float(SDE.default_end))
+    for candidate, error in got.items():
+        found = candidate.table(SDE, 7).law(law, SDE)
+        squares = (found.mean - wanted.mean) ** 2 + (found.variance.sqrt() - wanted.variance.sqrt()) ** 2
+        assert error == pytest.approx(float(squares.mean().sqrt()), rel=1e-6)
+
+
+def test_a_mixture_of_one_component_is_a_gaussian():
+    mean, variances = normal(6, seed=4), torch.logspace(-2, 0, 6, dtype=torch.float64)
+    gaussian = errors(recommend(SDE, Gaussian(mean, variances), 6, candidates=FEW))
+    mixture = errors(
+        recommend(SDE, Mixture([1.0], mean[None], variances[None]), 6, candidates=FEW, noises=512)
+    )
+    ratios = torch.tensor([mixture[c] / gaussian[c] for c in gaussian])
+    assert (
+        0.7 < float(ratios.min()) < float(ratios.max()) < 1.1
+    )  # the median of six squares is less than their mean
+    assert spearman(list(gaussian.values()), [mixture[c] for c in gaussian]) > 0.98
+
+
+# What is recommended
+
+
+def test_the_error_that_was_expected_is_found_on_the_data():
+    law = blobs()
+    found = recommend(SDE, law.sample(2048, generator=torch.Generator().manual_seed(5)), 8, candidates=FEW)
+    model, shape = law.denoiser(SDE), (256, 3)
+    drawn = sample(model, shape, found.solver, steps=found.steps, grid=found.grid, seed=3)
+    exact = sample(model, shape, solvers.exponential(4), steps=150, seed=3)
+    error = (drawn.x - exact.x).square().mean(1).sqrt().median()
+    assert drawn.network_calls <= 8
+    assert found.best.error / 2 < float(error) < 2 * found.best.error
+    assert drawn.x.equal(
+        sample(model, shape, solvers.from_tableau(found.table), grid=found.table.times, seed=3).x
+    )
+    for said in (found.best.candidate.name, found.why, "8 calls for samples"):
+        assert said in repr(found)
+
+
+def test_the_ranking_is_that_of_the_true_law():
+    law = blobs()
+    data = law.sample(2048, generator=torch.Generator().manual_seed(6))
+    true = errors(recommend(SDE, law, 8, candidates=FEW, noises=256, seed=1))
+    by_mixture = errors(recommend(SDE, data, 8, candidates=FEW))
+    by_gaussian = errors(recommend(SDE, data, 8, candidates=FEW, surrogate=gaussian_surrogate))
+    mixture, gaussian = (
+        spearman(list(true.values()), [d[c] for c in true]) for d in (by_mixture, by_gaussian)
+    )
+    assert mixture > 0.98
+    assert mixture > gaussian
+    assert true[min(by_mixture, key=by_mixture.__getitem__)] < 1.25 * min(true.values())
+
+
+def test_stochastic_solvers_on_a_mixture():
+    law = blobs()
+    true = recommend(SDE, law, 6, "diversity", candidates=FEW_SDE, noises=512, seed=1)
+    data = law.sample(2048, generator=torch.Generator().manual_seed(6))
+    found = errors(recommend(SDE, data, 6, "diversity", candidates=FEW_SDE))
+    wanted = errors(true)
+    assert all(c.solver.card.stochastic for c in found)
+    assert spearman(list(wanted.values()), [found[c] for c in wanted]) > 0.95
+    assert "principal axes" in true.why
+
+
+def spoiled(solver):
+    """A solver that forgets a tenth of every output."""
+
+    def build(sde, grid):
+        table = solver.tableau(sde, grid)
+        return Tableau(table.times, table.skip, 0.9 * table.out, table.keep, table.mix, table.noise)
+
+    return TableSolver("spoiled", build, Card(1, None, 1, False, "a test"))
+
+
+@pytest.mark.parametrize("need", ["samples", "encode"])
+@pytest.mark.parametrize("law", [blobs(), Gaussian(normal(3), torch.tensor([0.1, 0.5, 1.0]))])
+def test_a_planted_bad_solver_is_last(need, law):
+    good = [Candidate(s, grids.quadratic, "quadratic") for s in (solvers.unipc(2), solvers.dpmpp(2))]
+    bad = Candidate(spoiled(solvers.dpmpp(2)), grids.quadratic, "quadratic")
+    found = recommend(SDE, law, 12, need, candidates=[bad, *good])
+    assert found.ranking[-1].candidate == bad
+    assert found.ranking[-1].error > 3 * found.ranking[0].error
+
+
+def test_a_rotation_changes_nothing():
+    law = blobs()
+    data = law.sample(1024, generator=torch.Generator().manual_seed(7))
+    turned = data @ torch.linalg.qr(normal(3, 3, seed=8)).Q
+    for surrogate, tolerance in ((gaussian_surrogate, 1e-9), (mixture_surrogate, 0.5)):
+        before, after = (
+            errors(recommend(SDE, points, 6, candidates=FEW, surrogate=surrogate))
+            for points in (data, turned)
+        )
+        assert before.keys() == after.keys()
+        assert all(after[c] == pytest.approx(before[c], rel=tolerance) for c in before)
+        assert spearman(list(before.values()), [after[c] for c in before]) > 0.98
+
+
+def test_the_same_call_gives_the_same_ranking_and_another_seed_other_noises():
+    data = blobs().sample(256, generator=torch.Generator().manual_seed(9))
+    one, two, other = (recommend(SDE, data, 5, candidates=FEW[::4], seed=s) for s in (0, 0, 1))
+    assert one.ranking == two.ranking
+    assert one.ranking != other.ranking
+    assert {r.candidate for r in one.ranking} == {r.candidate for r in other.ranking}
+
+
+def test_equal_tables_are_listed_once():
+    twins = [solvers.dpmpp(2), solvers.exponential(2)]
+    found = recommend(SDE, blobs(), 5, candidates=[Candidate(s, grids.uniform, "uniform") for s in twins])
+    assert [r.candidate.solver for r in found.ranking] == twins[:1]
+
+
+@pytest.mark.parametrize("sde", [EDM(0.01, 20.0), Rectified()])
+def test_other_processes(sde):
+    found = recommend(sde, blobs(), 6, candidates=FEW)
+    model = blobs().denoiser(sde)
+    drawn = sample(model, (64, 3), found.solver, steps=found.steps, grid=found.grid)
+    exact = sample(model, (64, 3), solvers.exponential(4, stored="flow", variable="sigma"), steps=150)
+    error = float((drawn.x - exact.x).square().mean(1).sqrt().median())
+    assert found.best.error / 3 < error < 3 * found.best.error
+    assert found.best.error < 0.1 * found.ranking[-1].error
+
+
+# Guidance
+
+
+def test_guidance_mixes_the_denoisers_of_the_components():
+    law, x = blobs(), normal(8, 3)
+    exact, k, t = law.denoiser(SDE), torch.arange(8) % 4, torch.rand(8, dtype=torch.float64) + 1e-2
+    for i in range(8):
+        alone = Gaussian(law.means[k[i]], law._spectrum.dense()[k[i]]).denoiser(SDE)
+        assert torch.allclose(exact.of_component(x, t, k)[i], alone(x, t)[i], rtol=1e-9, atol=1e-12)
+
+
+def test_guidance_of_scale_zero_is_none_and_more_is_harder():
+    plain, zero, two, eight = (
+        errors(recommend(SDE, blobs(), 8, guidance=g, candidates=FEW[::3])) for g in (None, 0.0, 2.0, 8.0)
+    )
+    assert zero == pytest.approx(plain, rel=1e-9)
+    assert min(eight.values()) > 1.5 * min(two.values())
+
+
+def test_guidance_of_scale_one_is_the_component_by_itself():
+    mean, variance = torch.tensor([[1.0, 0.5]]).double(), torch.tensor([[0.04, 0.3]]).double()
+    far = Mixture([0.5, 0.5], torch.cat([mean, -mean]), torch.cat([variance, variance]))
+    by_class = errors(recommend(SDE, far, 8, guidance=1.0, candidates=FEW[::3], noises=512))
+    alone = errors(recommend(SDE, Mixture([1.0], mean, variance), 8, candidates=FEW[::3], noises=512))
+    assert all(by_class[c] == pytest.approx(alone[c], rel=0.2) for c in alone)
+
+
+# Likelihood
+
+
+def test_a_likelihood_takes_the_calls_and_has_the_error_that_is_said(monkeypatch):
+    few = dict(list(GRIDS.items())[::8])
+    monkeypatch.setattr(MODULE, "GRIDS", few)
+    monkeypatch.setattr(MODULE, "ORDERS", (1, 3))
+    law = blobs(2)
+    found = recommend(SDE, law, 14, "likelihood")
+    rule, x = found.best.candidate, law.marginal(SDE, 1e-3).sample(64)
+    got = likelihood.log_prob(law.denoiser(SDE), x, order=rule.order, grid=found.grid(SDE, found.steps))
+    exact = law.marginal(SDE, 1e-3).log_prob(x)
+    assert got.network_calls == 14
+    error = float((got.corrected - exact).abs().median()) / 2
+    assert error < 5 * found.best.error + 1e-4
+    assert found.ranking[-1].error > 5 * found.best.error
+    with pytest.raises(ValueError, match=r"log_prob\(model, x, order="):
+        _ = found.solver
+
+
+# Surrogates
+
+
+def test_a_fit_finds_the_modes(alpha_ledger):
+    law = blobs(2, 3, spread=3.0)
+    n, sigmas = 4096, 6.7
+    data = law.sample(n, generator=torch.Generator().manual_seed(11))
+    alpha_ledger.spend(2e-10, "means and weights of a fit to three far modes: 9 numbers, 6.7 sigma")
+    fitted = mixture_surrogate(data, components=3).law
+
+    def off(fitted, law):
+        nearest = torch.cdist(law.means, fitted.means).argmin(1)
+        counts = n * law.weights
+        means = (fitted.means[nearest] - law.means).abs() * counts.sqrt()[:, None]
+        weights = (fitted.weights[nearest] - law.weights).abs() / (law.weights * (1 - law.weights) / n).sqrt()
+        stds = torch.stack([s.diagonal().sqrt() for s in law._spectrum.dense()])
+        return max(float((means / stds).max()), float(weights.max()))
+
+    assert off(fitted, law) < sigmas
+    wrong = Mixture(law.weights.flip(0), law.means, law._spectrum.dense())
+    assert off(fitted, wrong) > sigmas
+    covs = fitted._spectrum.dense()[torch.cdist(law.means, fitted.means).argmin(1)]
+    assert torch.allclose(covs, law._spectrum.dense(), rtol=0.2, atol=0.02 * float(covs.abs().max()))
+    assert 3 <= len(mixture_surrogate(data).law.means) <= 8
+
+
+def test_covariances_are_shrunk_by_the_oracle_approximating_weight():
+    points = normal(40, 5, seed=12) * torch.tensor([0.1, 0.3, 1.0, 2.0, 3.0], dtype=torch.float64)
+    S = torch.cov(points.T, correction=0)
+    p, n, t2, tr = 5, 40, float((S @ S).trace()), float(S.trace())
+    rho = ((1 - 2 / p) * t2 + tr**2) / ((n + 1 - 2 / p) * (t2 - tr**2 / p))
+    expected = (1 - rho) * S + rho * tr / p * torch.eye(5, dtype=torch.float64)
+    assert 0.01 < rho < 0.5
+    assert torch.allclose(gaussian_surrogate(points).law.cov, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_data_of_many_dimensions_in_principal_coordinates():
+    D, frame = 300, torch.linalg.qr(normal(300, 4, seed=13)).Q
+    inside = blobs(4).sample(600, generator=torch.Generator().manual_seed(14))
+    data = inside @ frame.T + 0.05 * normal(600, D, seed=15) + 0.2
+    s = mixture_surrogate(data)
+    assert (s.dim, s.law.dim) == (D, 64)
+    total = float(data.var(0).sum())
+    assert float(s.law.variance.sum()) + s.others * s.rest == pytest.approx(total, rel=0.02)
+    assert float(s.law.mean.norm()) == pytest.approx(float(data.mean(0).norm()), rel=1e-6)
+    assert 0.5 * 0.05**2 < s.rest < 1.1 * 0.05**2
+
+
+@pytest.mark.parametrize("need", ["samples", "encode", "diversity"])
+def test_what_is_outside_counts_as_if_it_were_inside(need):
+    mean = torch.tensor([0.7, -1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    variances = torch.tensor([0.5, 0.1, 0.02, 0.02, 0.02], dtype=torch.float64)
+    few = FEW_SDE if need == "diversity" else FEW
+    whole = errors(recommend(SDE, Gaussian(mean, variances), 6, need, candidates=few))
+    part = Surrogate(Gaussian(mean[:2], variances[:2]), rest=0.02, others=3)
+    assert errors(recommend(SDE, part, 6, need, candidates=few)) == pytest.approx(whole, rel=1e-9)
+
+
+def test_what_is_outside_counts_on_a_mixture():
+    law = blobs()
+    part = Surrogate(law, rest=0.02, others=500)
+    alone = Gaussian(torch.zeros(1), 0.02)
+    got = errors(recommend(SDE, part, 6, candidates=FEW[::3]))
+    inside, outside = (errors(recommend(SDE, p, 6, candidates=FEW[::3])) for p in (law, alone))
+    for c in got:
+        wanted = math.sqrt((3 * inside[c] ** 2 + 500 * outside[c] ** 2) / 503)
+        assert got[c] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_images_and_their_laws():
+    data = normal(64, 3, 2, 2, seed=16).float()
+    found = recommend(SDE, data, 5, candidates=FEW[::9])
+    assert found.surrogate.law.event_shape == (12,)
+    law = Mixture([0.5, 0.5], normal(2, 3, 2, 2, seed=17), 0.1)
+    assert recommend(SDE, law, 5, candidates=FEW[::9]).best.error > 0
+    assert recommend(SDE, law, 5, "diversity", candidates=FEW_SDE[::9]).best.error > 0
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "how"),
+    [
+        (TypeError, "expected an SDE", {"sde": "vp"}),
+        (ValueError, "whole number of calls", {"calls": 0}),
+        (ValueError, "whole number of calls", {"calls": 2.0}),
+        (ValueError, "whole number of noises", {"noises": 1}),
+        (ValueError, "expected a need among", {"need": "speed"}),
+        (TypeError, "expected a batch of data", {"data": [[1.0, 2.0]]}),
+        (TypeError, "expected a batch of data", {"data": torch.zeros(20, 2, dtype=torch.long)}),
+        (ValueError, "at least 8 samples", {"data": normal(7, 2)}),
+        (ValueError, "at least 8 samples", {"data": normal(20)}),
+        (ValueError, "finite data", {"data": normal(20, 2) / 0}),
+        (ValueError, "data that differ", {"data": torch.ones(20, 2)}),
+        (ValueError, "of one shape", {"data": (torch.zeros(2), torch.ones(3))}),
+        (ValueError, "two tensors", {"data": (torch.zeros(2),)}),
+        (ValueError, "variances >= 0", {"data": (torch.zeros(2), -torch.ones(2))}),
+        (ValueError, "expected an end", {"end": 3.0}),
+        (
+            ValueError,
+            "pay for a step",
+            {"calls": 1, "candidates": [Candidate(solvers.heun(), grids.uniform, "u")]},
+        ),
+        (ValueError, "found stochastic", {"need": "encode", "candidates": FEW_SDE}),
+        (ValueError, "found stochastic", {"guidance": 2.0, "candidates": FEW_SDE}),
+        (ValueError, "law of guided samples", {"need": "diversity", "guidance": 2.0}),
+        (ValueError, "stand for classes", {"guidance": 2.0, "data": Gaussian(torch.zeros(2), 1.0)}),
+        (ValueError, "finite number", {"guidance": math.nan}),
+        (ValueError, "at least 8 calls", {"need": "likelihood", "calls": 7}),
+        (ValueError, "orders and grids of its own", {"need": "likelihood", "candidates": FEW}),
+    ],
+)
+def test_arguments_that_do_not_fit(kind, words, how, unchecked):
+    given = {"sde": SDE, "data": blobs(), "candidates": None if "need" in how else FEW[::9], **how}
+    with pytest.raises(kind, match=words):
+        recommend(**given)
+
+
+@pytest.mark.parametrize("components", [0, 21, 2.0, True])
+def test_a_number_of_components_that_does_not_fit(components, unchecked):
+    with pytest.raises(ValueError, match="number of components"):
+        mixture_surrogate(normal(20, 2), components=components)
+
+
+def test_few_different_samples_give_fewer_components():
+    data = torch.tensor([[0.0, 1.0], [2.0, 0.0]]).repeat(10, 1)
+    fitted = mixture_surrogate(data, components=5).law
+    assert len(fitted.means) == 2
+    assert torch.allclose(fitted.means.sort(0).values, torch.tensor([[0.0, 0.0], [2.0, 1.0]]).double())
