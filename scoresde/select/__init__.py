@@ -5,6 +5,7 @@ from .compare import Budget, compare
 from .comparison import Comparison, rank_agreement
 from .recommend import DensityRule, Ranked, Recommendation, recommend
 from .surrogate import Surrogate, gaussian_surrogate, mixture_surrogate
+from .tune import Tuned, tune, tune_for
 
 __all__ = [
     "GRIDS",
@@ -15,10 +16,13 @@ __all__ = [
     "Ranked",
     "Recommendation",
     "Surrogate",
+    "Tuned",
     "compare",
     "gaussian_surrogate",
     "mixture_surrogate",
     "pool",
     "rank_agreement",
     "recommend",
+    "tune",
+    "tune_for",
 ]

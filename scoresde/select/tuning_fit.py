@@ -1,0 +1,187 @@
+"""Least squares of a table's parameters against reference trajectories: Levenberg-Marquardt from forward
+evaluations of the model alone, robust against samples that end elsewhere.
+
+    minimise over p   mean_i c^2 log(1 + e_i(p)^2/c^2) + r |p|^2,    e_i the distance of sample i from its end
+
+(Cauchy's loss, by weights `1/(1 + e_i^2/c^2)`). c is WIDTH times the root mean square of the errors that are
+no flips: the bulk and its tail count, samples that end in another mode hardly do. Tables are judged on other
+noises than they are fitted on, and the best one there is what is found.
+
+Derivatives are forward differences; between them Broyden's rank-one updates (1965, doi
+10.1090/S0025-5718-1965-0198670-6), which cost no call of the model, as long as they predict what happens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tableau import Tableau
+from .tuning_form import Space
+from .tuning_runs import Noises, Trace
+
+WIDTH = 5.0
+RIDGE = 1e-5  # a parameter of 1 costs this share of the loss
+TRUST = 0.5  # share of the predicted gain with which an updated Jacobian is used again
+IDLE_GAIN = 1e-3
+IDLE, STALE = 5, 20  # iterations in a row that gain less, or that give no better table on the other noises
+FIRST, SMALLEST, LARGEST = 1e-2, 1e-9, 1e6  # damping
+
+
+class Errors(NamedTuple):
+    """Of samples: root mean square without flips, share of flips (distances above a threshold), median."""
+
+    rms: float
+    flips: float
+    median: float
+
+    @classmethod
+    def of(cls, errors: Tensor, flip: float) -> Errors:
+        near = errors[errors <= flip]
+        rms = near.square().mean().sqrt().item() if len(near) else math.inf
+        return cls(rms, (errors > flip).double().mean().item(), errors.median().item())
+
+    @property
+    def rank(self) -> float:
+        """What tables are chosen by: one that loses more than a sample in ten is not chosen for the rest."""
+        return self.rms if self.flips <= 0.1 else self.rms + self.flips
+
+
+@dataclass
+class Best:
+    """The best table so far on the noises that none was fitted on, and (rms fitted on, rms judged on) of
+    every iteration."""
+
+    table: Tableau
+    errors: Errors
+    history: list[tuple[float, float]] = field(default_factory=list)
+
+
+class Point(NamedTuple):
+    """Parameters (P,), their run on the noises that are fitted on, and its residuals (n, d)."""
+
+    parameters: Tensor
+    trace: Trace
+    residuals: Tensor
+
+    @property
+    def errors(self) -> Tensor:
+        """(n,): see `Noises.errors`."""
+        return self.residuals.double().norm(dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Noises to fit on and to judge on, the distance that is a flip, the time (of `perf_counter`) to stop at,
+    and who is told of every iteration."""
+
+    train: Noises
+    judge: Noises
+    flip: float
+    until: float
+    tell: Callable[[Best], None]
+
+    def __call__(self, space: Space, best: Best) -> tuple[Tensor, bool]:
+        """Fit from parameters 0. A better table is put into `best` at once, so that it is there whatever ends
+        the fit. Returns the parameters that were best on the noises that are not fitted on, and whether there
+        was time enough."""
+        here = self._at(space, torch.zeros(len(space), dtype=torch.float64))
+        kept, rank, damping, idle, stale = here.parameters, math.inf, FIRST, 0, 0
+        slopes, exact = self._slopes(space, here), True
+        while idle < IDLE and stale < STALE and damping < LARGEST:
+            if time.perf_counter() > self.until:
+                return kept, False
+            local = Local.of(here, slopes, self.flip)
+            step, promised = local.step(damping)
+            try:
+                there = self._at(space, here.parameters + step)
+            except ValueError:  # steps of the grid that vanish
+                there = None
+            gain = local.loss - local.loss_at(there) if there else -math.inf
+            if there and gain > 0:
+                change = there.residuals - here.residuals
+                here, damping = there, max(damping / 5, SMALLEST)
+                errors = self._judged(space, here.parameters)
+                if errors.rank < best.errors.rank:
+                    best.table, best.errors = space.table(here.parameters), errors
+                stale = 0 if errors.rank < rank else stale + 1
+                kept, rank = (here.parameters, errors.rank) if errors.rank < rank else (kept, rank)
+                idle = 0 if gain > IDLE_GAIN * local.loss else idle + exact
+                best.history.append((Errors.of(here.errors, self.flip).rms, errors.rms))
+                self.tell(best)
+                if gain > max(TRUST * promised, IDLE_GAIN * local.loss):
+                    slopes, exact = _updated(slopes, step, change), False
+                    continue
+            elif exact:
+                damping *= 4
+                continue
+            slopes, exact = self._slopes(space, here), True
+        return kept, True
+
+    def _judged(self, space: Space, parameters: Tensor) -> Errors:
+        return Errors.of(self.judge.distances(space.forms(parameters[None])), self.flip)
+
+    def _at(self, space: Space, parameters: Tensor) -> Point:
+        trace = self.train.trace(space.forms(parameters[None]))
+        return Point(parameters, trace, self._residuals(trace.states[-1])[0])
+
+    def _residuals(self, ends: Tensor) -> Tensor:
+        """(M, n, d) of ends (M, n, ...): a sample's error is the norm of its residuals."""
+        flat = (ends - self.train.target).flatten(2)
+        return flat / flat.shape[2] ** 0.5
+
+    def _slopes(self, space: Space, here: Point) -> Tensor:
+        """(P, n, d): forward differences of the residuals by every parameter."""
+        width = torch.finfo(self.train.start.dtype).eps ** (1 / 3)
+        around = here.parameters + width * torch.eye(len(here.parameters), dtype=torch.float64)
+        ends = self.train.ends(space.forms(torch.cat([here.parameters[None], around])), here.trace)
+        return (self._residuals(ends[1:]) - here.residuals) / width
+
+
+def _updated(slopes: Tensor, step: Tensor, change: Tensor) -> Tensor:
+    """Slopes that give `change` (n, d) along `step` (P,), and are otherwise as they were (Broyden)."""
+    along = (step / step.square().sum()).to(slopes.device, slopes.dtype)
+    missed = change - torch.einsum("p,pnd->nd", step.to(slopes.device, slopes.dtype), slopes)
+    return slopes + along[:, None, None] * missed
+
+
+class Local(NamedTuple):
+    """The loss at a point, and its normal equations: gradient (P,) and curvature (P, P), both halved."""
+
+    width: float
+    ridge: float
+    loss: float
+    gradient: Tensor
+    curvature: Tensor
+
+    @classmethod
+    def of(cls, here: Point, slopes: Tensor, flip: float) -> Local:
+        errors = here.errors
+        width = max(WIDTH * Errors.of(errors, flip).rms, torch.finfo(torch.float64).tiny)
+        ridge = RIDGE * _cauchy(errors, width)
+        root = (1 / (1 + (errors / width) ** 2) / len(errors)).sqrt()[:, None]
+        weighted = (slopes.double() * root).flatten(1)
+        gradient = weighted @ (here.residuals.double() * root).flatten() + ridge * here.parameters
+        curvature = weighted @ weighted.T + ridge * torch.eye(len(gradient), dtype=torch.float64)
+        made = cls(width, ridge, 0.0, gradient.cpu(), curvature.cpu())
+        return made._replace(loss=made.loss_at(here))
+
+    def loss_at(self, point: Point) -> float:
+        """What is minimised, by the width and the ridge of this place; NaN if an end is not finite."""
+        return _cauchy(point.errors, self.width) + self.ridge * point.parameters.square().sum().item()
+
+    def step(self, damping: float) -> tuple[Tensor, float]:
+        """The damped Gauss-Newton step, and what the loss should gain by it."""
+        damped = self.curvature + damping * torch.diag(self.curvature.diag())
+        step = -torch.linalg.solve(damped, self.gradient)
+        return step, -float(2 * self.gradient @ step + step @ self.curvature @ step)
+
+
+def _cauchy(errors: Tensor, width: float) -> float:
+    return width**2 * torch.log1p((errors / width) ** 2).mean().item()

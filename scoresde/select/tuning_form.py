@@ -1,0 +1,143 @@
+"""Deterministic tables in the coordinates that they are tuned in.
+
+Every deterministic table is a non-stationary solver over states and denoised outputs (Shaul et al. 2024,
+arXiv:2403.01329),
+
+    x_{k+1} = keep_k x_k + sum_{j <= k} weights_kj D_j,        D_j = D(x_j, t_j).
+
+On data concentrated at a point c all outputs are c, and the state stays `alpha_k c + sigma_k eps` iff in
+every row `keep_k = sigma_{k+1}/sigma_k` and `sum_j weights_kj = alpha_{k+1} - keep_k alpha_k`. So a table
+that keeps the law of a point mass is given by its times and its weights below the diagonal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..grids import Grid
+from ..sde import LinearSDE
+from ..solvers.base import TableSolver
+from ..tableau import Tableau
+
+# Nodes move in (sigma/(alpha + sigma))^(1/4): finite at both ends, and on good grids nearly even.
+ROOT = 4
+
+
+class Form(NamedTuple):
+    """M tables of K rows: `times` (M, K + 1), `keep` (M, K), `weights` (M, K, K), 0 above the diagonal."""
+
+    times: Tensor
+    keep: Tensor
+    weights: Tensor
+
+    def some(self, tables: Tensor | slice) -> Form:
+        """Some of the tables."""
+        return Form(*(part[tables] for part in self))
+
+    def first_change(self) -> Tensor:
+        """(M,): the first row in which a table differs from table 0, K if none does. Up to the state that
+        this row sees the runs are one."""
+        changed = (self.weights != self.weights[:1]).any(2) | (self.keep != self.keep[:1])
+        changed |= (self.times != self.times[:1])[:, :-1]
+        rows = torch.arange(changed.shape[1])
+        return torch.where(changed, rows, len(rows)).amin(1)
+
+
+@torch.no_grad()
+def natural(table: Tableau) -> Form:
+    """A deterministic table as a form of one. Raises ValueError for a stochastic one."""
+    if bool(table.noise.any()):
+        raise ValueError(f"expected a deterministic solver to tune, found noise in {table.name}")
+    form = table.canonical()
+    keep = form.a[1:] / form.a[:-1]
+    weights = (form.B[1:] - keep[:, None] * form.B[:-1]).tril()
+    return Form(table.times[None], keep[None], weights[None])
+
+
+@torch.no_grad()
+def completed(sde: LinearSDE, times: Tensor, below: Tensor) -> Form:
+    """The tables with these times (M, K + 1) and weights (M, K, K) that keep the law of a point mass: of
+    `below` only what is below the diagonal is read."""
+    alpha, sigma = sde.alpha(times), sde.sigma(times)
+    keep = sigma[:, 1:] / sigma[:, :-1]
+    below = below.tril(-1)
+    newest = alpha[:, 1:] - keep * alpha[:, :-1] - below.sum(2)
+    return Form(times, keep, below + torch.diag_embed(newest))
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """The tables around a solver on a grid, by parameters (P,) that are 0 for the solver itself.
+
+    If `moves`, the first `len(grid)` of them are logarithms of factors on the steps between the grid's nodes,
+    whose ends stay. The others are added to the weights below the diagonal if these are `free`, in units of
+    the largest weight of their row in the solver's table; such tables keep the law of a point mass.
+    """
+
+    sde: LinearSDE
+    solver: TableSolver
+    grid: Grid
+    moves: bool
+    free: bool
+
+    def __len__(self) -> int:
+        """P."""
+        rows = self.solver.calls(len(self.grid))
+        return self.moves * len(self.grid) + self.free * rows * (rows - 1) // 2
+
+    @torch.no_grad()
+    def forms(self, parameters: Tensor) -> Form:
+        """The tables of parameters (M, P). Raises ValueError where steps vanish."""
+        steps = self.moves * len(self.grid)
+        logs = parameters[:, :steps] if self.moves else parameters.new_zeros(len(parameters), len(self.grid))
+        grids, which = logs.unique(dim=0, return_inverse=True)
+        tables = [self._natural(factors) for factors in grids]
+        form = Form(*(torch.cat(parts)[which] for parts in zip(*tables, strict=True)))
+        if not self.free:
+            return form
+        below = torch.ones_like(form.weights[0], dtype=torch.bool).tril(-1)
+        change = torch.zeros_like(form.weights)
+        change[:, below] = parameters[:, steps:]
+        unit = self._own.weights.abs().amax(2, keepdim=True)
+        return completed(self.sde, form.times, form.weights + unit * change)
+
+    def _natural(self, logs: Tensor) -> Form:
+        """The solver's own table on a grid moved by `logs`."""
+        return natural(self.solver.tableau(self.sde, self.moved(logs))) if bool(logs.any()) else self._own
+
+    @cached_property
+    def _own(self) -> Form:
+        return natural(self.solver.tableau(self.sde, self.grid))
+
+    def table(self, parameters: Tensor) -> Tableau:
+        """The table of parameters (P,): the solver's own on another grid, or if weights are free one that
+        remembers outputs D."""
+        name = f"{self.solver.name} tuned"
+        if not self.free:
+            return replace(self.solver.tableau(self.sde, self.moved(parameters)), name=name)
+        times, keep, weights = (part[0] for part in self.forms(parameters[None]))
+        rows = len(keep)
+        mix = torch.zeros(rows, rows, dtype=torch.float64)
+        for k in range(rows):
+            mix[k, : k + 1] = weights[k, : k + 1].flip(0)
+        none, one = torch.zeros(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.float64)
+        return Tableau(times, none, one, keep, mix, none, name)
+
+    def moved(self, logs: Tensor) -> Grid:
+        """The grid with its steps times exp(logs), scaled to its ends; where a last step leaves the sde's
+        range for sigma = 0, it starts from the last node in range as before."""
+        t = self.grid.t
+        apart = int(t[-1] < self.sde.t_min * (1 - 1e-12))
+        held = t[: len(t) - apart]
+        if not bool(logs.any()) or len(held) < 2:
+            return self.grid
+        place = (-0.5 * self.sde.log_snr(held)).sigmoid() ** (1 / ROOT)
+        steps = place.diff() * logs[: len(held) - 1].exp()
+        share = (place[0] + steps.cumsum(0)[:-1] * (place[-1] - place[0]) / steps.sum()) ** ROOT
+        inner = self.sde.time(2 * (torch.log1p(-share) - share.log()))
+        return Grid.of(self.sde, torch.cat([t[:1], inner, t[len(held) - 1 :]]))

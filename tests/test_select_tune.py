@@ -1,0 +1,500 @@
+"""Tuning: the coordinates of tables, runs that share rows, the fit, and what comes out on fresh noises."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from scoresde import VPSDE, grids, sample, solvers
+from scoresde.denoiser import BaseDenoiser, Denoiser
+from scoresde.laws import Gaussian, Mixture
+from scoresde.networks import MLP
+from scoresde.sde import EDM, Rectified, SubVPSDE
+from scoresde.select import tune, tune_for
+from scoresde.select.tuning_fit import Best, Errors, Fit, Local, Point, _updated
+from scoresde.select.tuning_form import Space, natural
+from scoresde.select.tuning_runs import Noises
+from scoresde.tableau import Tableau
+
+F64 = torch.float64
+SDE = VPSDE()
+tune_module = importlib.import_module("scoresde.select.tune")
+
+ANGLES = 2 * math.pi * torch.arange(5, dtype=F64) / 5
+RING = Mixture(torch.full((5,), 0.2, dtype=F64), torch.stack([ANGLES.cos(), ANGLES.sin()], 1), 0.2**2)
+GAUSSIAN = Gaussian(torch.tensor([0.5, -1.0, 0.2]), torch.tensor([0.04, 0.3, 1.5]))
+DETERMINISTIC = [
+    solvers.ddim(),
+    solvers.dpmpp(2),
+    solvers.dpmpp(3, singlestep=True),
+    solvers.unipc(3),
+    solvers.deis(3),
+    solvers.heun(),
+    solvers.exponential(2, corrector=3, stored="velocity", variable="sigma"),
+]
+
+
+def normals(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def noises(model, n=6, batch=1000, seed=0, event=(2,)):
+    """With targets that no table reaches."""
+    return Noises(model, normals(n, *event, seed=seed), normals(n, *event, seed=seed + 1), batch)
+
+
+# ---- tables in the coordinates that they are tuned in
+
+
+@pytest.mark.parametrize("solver", DETERMINISTIC, ids=repr)
+def test_the_natural_form_runs_as_the_table_does(solver):
+    table = solver.tableau(SDE, grids.quadratic(SDE, 4))
+    x, model = normals(8, 2), RING.denoiser(SDE)
+    wanted = solvers.from_tableau(table).solve(model, x, table.times[[0, -1]]).x
+    found = Noises(model, x, x, 3).trace(natural(table)).states[-1][0]
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sde", [SDE, SubVPSDE(), EDM(0.02, 30.0), Rectified()], ids=repr)
+@pytest.mark.parametrize("end", [None, 0.0])
+def test_whatever_the_parameters_a_point_mass_is_kept(sde, end):
+    if end == 0 and float(sde.sigma(0.0)) > 0:
+        pytest.skip("sigma does not reach 0")
+    space = Space(sde, solvers.dpmpp(3), grids.karras(sde, 6, end), moves=True, free=True)
+    parameters = 0.3 * normals(len(space), seed=4)
+    table = space.table(parameters)
+    assert len(table) == 6
+    assert table.defect(sde).abs().max() <= 1e-12 * max(1.0, sde.prior_std**2)
+    own = space.solver.tableau(sde, space.grid)
+    assert torch.equal(table.times[[0, -1]], own.times[[0, -1]])
+    assert (table.canonical().B - own.canonical().B).abs().max() > 0.05
+    # What defect sees of it: an inexact last weight, a scaled state.
+    spoilt = Tableau(
+        *(getattr(table, f) for f in ("times", "skip", "out")), table.keep * 1.001, table.mix, table.noise
+    )
+    assert spoilt.defect(sde).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("solver", DETERMINISTIC, ids=repr)
+@pytest.mark.parametrize("free", [False, True])
+def test_parameters_of_zero_are_the_solver(solver, free):
+    space = Space(SDE, solver, grids.quadratic(SDE, 4), True, free)
+    own, found = (
+        solver.tableau(SDE, space.grid).canonical(),
+        space.table(torch.zeros(len(space), dtype=F64)).canonical(),
+    )
+    exact = "marginal_exact" in solver.card.properties
+    assert torch.equal(found.times, own.times)
+    if exact or not free:
+        assert torch.allclose(found.B, own.B, atol=1e-12)
+    else:  # what does not keep a point mass is changed so that it does
+        assert not torch.allclose(found.B, own.B, atol=1e-6)
+
+
+def test_a_parameter_is_the_logarithm_of_a_factor_on_a_step():
+    space = Space(SDE, solvers.ddim(), grids.uniform(SDE, 4), True, False)
+    place = lambda grid: (-grid.lam).sigmoid() ** 0.25  # noqa: E731
+    before = place(space.grid).diff()
+    after = place(space.moved(torch.tensor([0.0, math.log(2.0), 0.0, 0.0], dtype=F64))).diff()
+    assert torch.allclose(after / after[0], before / before[0] * torch.tensor([1.0, 2, 1, 1], dtype=F64))
+    assert torch.equal(space.moved(torch.zeros(4, dtype=F64)).t, space.grid.t)
+    assert torch.allclose(space.moved(torch.full((4,), 0.7, dtype=F64)).t, space.grid.t, rtol=1e-10)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_parameters_of_weights(moves):
+    """The j-th free parameter moves one weight below the diagonal, and the newest one against it."""
+    space = Space(SDE, solvers.unipc(2), grids.quadratic(SDE, 3), moves, True)
+    assert len(space) == 3 * moves + 3
+    parameters = torch.zeros(2, len(space), dtype=F64)
+    parameters[1, 3 * moves + 1] = 0.5  # of (1, 0), (2, 0), (2, 1)
+    one, other = space.forms(parameters).weights
+    change = other - one
+    unit = one[2].abs().max().item()
+    assert change[2, 0].item() == pytest.approx(0.5 * unit, rel=1e-12)
+    assert change[2, 2].item() == pytest.approx(-0.5 * unit, rel=1e-12)
+    change[2, 0] = change[2, 2] = 0
+    assert not change.any()
+
+
+def test_stochastic_tables_have_no_form():
+    with pytest.raises(ValueError, match="expected a deterministic solver"):
+        natural(solvers.ddpm().tableau(SDE, grids.uniform(SDE, 3)))
+
+
+# ---- runs that share rows
+
+
+@pytest.mark.parametrize("batch", [4, 7, 12, 1000])
+def test_shared_rows_change_nothing(batch):
+    space = Space(SDE, solvers.unipc(3), grids.quadratic(SDE, 5), True, True)
+    parameters = torch.cat([torch.zeros(1, len(space), dtype=F64), 0.1 * torch.eye(len(space), dtype=F64)])
+    forms, some = space.forms(parameters), noises(RING.denoiser(SDE), batch=batch)
+    base = some.trace(forms.some(slice(0, 1)))
+    alone = torch.cat([some.trace(forms.some(slice(k, k + 1))).states[-1] for k in range(len(parameters))])
+    assert torch.allclose(some.ends(forms, base), alone, rtol=0, atol=1e-13)
+
+
+def test_only_what_differs_is_run():
+    """A weight of row k costs the rows after k and, for its time is as before, nothing in row k but the row's
+    own call."""
+    space = Space(SDE, solvers.unipc(3), grids.quadratic(SDE, 5), False, True)
+    parameters = torch.cat([torch.zeros(1, len(space), dtype=F64), 0.1 * torch.eye(len(space), dtype=F64)])
+    some = noises(RING.denoiser(SDE), n=6, batch=6)
+    forms = space.forms(parameters)
+    assert forms.first_change().tolist() == [5, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
+    base = some.trace(forms.some(slice(0, 1)))
+    assert (some.meter.calls, some.meter.samples) == (5, 30)
+    some.ends(forms, base)
+    assert some.meter.samples == 30 + 6 * (1 * 3 + 2 * 2 + 3 * 1 + 4 * 0 + 10)
+
+
+def test_conditions_follow_their_samples(unchecked):
+    """A model that returns each sample's own point: every table that keeps point masses is exact, if each
+    sample meets its own condition."""
+
+    class Points(BaseDenoiser):
+        sde = SDE
+
+        @property
+        def dtype(self):
+            return F64
+
+        def forward(self, x, t, *, point):
+            assert len(x) == len(point)
+            return point.expand_as(x)
+
+    point = normals(32, 1, seed=7)
+    found = tune(
+        Points(), solvers.dpmpp(2), 3, 5.0, shape=(2,), n=32, batch=20, condition={"point": point}, starts=1
+    )
+    assert found.report.untuned.rms < 1e-12
+    assert found.report.tuned.rms < 1e-12
+
+
+# ---- the fit
+
+
+def some_fit(n=24, seconds=60.0, flip=0.5):
+    model = RING.denoiser(SDE)
+    train, judge = noises(model, n, seed=2), noises(model, n, seed=4)
+    solver = solvers.exponential(5, corrector=6, stored="flow", variable="sigma")
+    make = lambda s: Noises(model, s.start, solver.solve(model, s.start, grids.quadratic(SDE, 60)).x, 4096)  # noqa: E731
+    return Fit(make(train), make(judge), flip, math.inf if seconds == 60.0 else seconds, lambda best: None)
+
+
+def test_slopes_are_derivatives(unchecked):
+    fit = some_fit()
+    space = Space(SDE, solvers.dpmpp(2), grids.quadratic(SDE, 4), True, True)
+    here = fit._at(space, 0.05 * normals(len(space)))
+    slopes = fit._slopes(space, here)
+    for k in range(len(space)):
+        step = 1e-4 * torch.eye(len(space), dtype=F64)[k]
+        ahead, behind = (fit._at(space, here.parameters + s).residuals for s in (step, -step))
+        assert (slopes[k] - (ahead - behind) / 2e-4).abs().max() < 1e-3 * slopes[k].abs().max()
+    assert slopes.abs().amax((1, 2)).min() > 1e-3
+
+
+def test_updated_slopes_explain_the_last_step():
+    slopes, step, change = normals(3, 5, 2), normals(3, seed=1), normals(5, 2, seed=2)
+    new = _updated(slopes, step, change)
+    assert torch.allclose(torch.einsum("p,pnd->nd", step, new), change)
+    across = torch.linalg.cross(step, normals(3, seed=3))
+    assert torch.allclose(torch.einsum("p,pnd->nd", across, new), torch.einsum("p,pnd->nd", across, slopes))
+
+
+def point_of(slopes, residuals, parameters):
+    """Where linear residuals are at parameters."""
+    at = residuals + torch.einsum("p,pnd->nd", parameters, slopes)
+    return Point(parameters, None, at)  # type: ignore[arg-type]
+
+
+def test_equations_are_those_of_the_loss(unchecked):
+    slopes, residuals, start = normals(3, 40, 2), normals(40, 2, seed=1), normals(3, seed=2)
+    here = point_of(slopes, residuals, start)
+    local = Local.of(here, slopes, 1e9)
+    errors = here.residuals.norm(dim=1)
+    assert local.width == pytest.approx(5 * errors.square().mean().sqrt().item())
+    assert local.loss == pytest.approx(
+        (local.width**2 * torch.log1p(errors**2 / local.width**2)).mean().item()
+        + local.ridge * start.square().sum().item()
+    )
+    for k in range(3):
+        step = 1e-5 * torch.eye(3, dtype=F64)[k]
+        ahead, behind = (local.loss_at(point_of(slopes, residuals, start + s)) for s in (step, -step))
+        assert 2 * local.gradient[k].item() == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
+
+
+def test_a_step_solves_a_linear_problem(unchecked):
+    """Residuals that are linear and small against the width: one undamped step, and its gain, are exact."""
+    slopes, wanted = normals(3, 40, 2), normals(3, seed=2)
+    residuals = -torch.einsum("p,pnd->nd", wanted, slopes) + 10 * normals(40, 2, seed=5)
+    here = point_of(slopes, residuals, torch.zeros(3, dtype=F64))
+    local = Local.of(here, slopes, 1e9)._replace(width=1e9)
+    step, gain = local.step(0.0)
+    damped, less = local.step(1.0)
+    there = local.loss_at(point_of(slopes, residuals, step))
+    assert gain > 0 and 0 < less < gain and damped.norm() < step.norm()
+    best = torch.linalg.lstsq(slopes.flatten(1).T, -residuals.flatten()[:, None]).solution[:, 0]
+    assert torch.allclose(step, best, rtol=0.2)
+    assert there <= local.loss_at(here)
+
+
+def test_flips_hardly_count(unchecked):
+    """One sample in another mode moves the fit of the others by little; in plain least squares by much."""
+    slopes = torch.ones(1, 20, 1, dtype=F64)
+    residuals = 0.01 * normals(20, 1)
+    residuals[0] = 5.0
+    step, _ = Local.of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3).step(0.0)
+    rest = -residuals[1:].mean()
+    assert abs(step[0] - rest) < 1e-3
+    assert abs(-residuals.mean() - rest) > 0.2
+
+
+def test_a_fit_gains_and_keeps_its_best(unchecked):
+    fit = some_fit()
+    space = Space(SDE, solvers.dpmpp(2), grids.quadratic(SDE, 3), True, True)
+    zero = torch.zeros(len(space), dtype=F64)
+    best = Best(space.table(zero), fit._judged(space, zero))
+    untuned = best.errors
+    told = []
+    kept, enough = Fit(fit.train, fit.judge, fit.flip, fit.until, lambda b: told.append(b.errors))(
+        space, best
+    )
+    assert enough and len(told) == len(best.history) > 3
+    assert best.errors.rms < untuned.rms / 5
+    assert fit._judged(space, kept) == best.errors
+    assert Errors.of(fit.judge.distances(natural(best.table)), fit.flip).rms == pytest.approx(best.errors.rms)
+    assert best.errors.rms == min(judged for _, judged in best.history)
+    assert best.history[-1][0] < best.history[0][0]
+
+
+def test_errors():
+    found = Errors.of(torch.tensor([0.1, 0.3, 0.2, 7.0, math.inf], dtype=F64), 0.3)
+    assert found.rms == pytest.approx(math.sqrt(0.14 / 3))
+    assert (found.flips, found.median) == (0.4, 0.3)
+    assert found.rank == found.rms + 0.4
+    assert Errors(0.5, 0.1, 0.0).rank == 0.5
+    assert Errors.of(torch.tensor([2.0], dtype=F64), 1.0).rms == math.inf
+
+
+# ---- the whole
+
+
+def exact_error(table, law, sde=SDE):
+    """2-Wasserstein distance of the table's output law to that of the probability flow, per coordinate."""
+    out = table.law(law, sde)
+    t = table.times[[0, -1]]
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    gain = (
+        (alpha[1] ** 2 * law.variance + sigma[1] ** 2) / (alpha[0] ** 2 * law.variance + sigma[0] ** 2)
+    ).sqrt()
+    mean = alpha[1] * law.mean - gain * alpha[0] * law.mean
+    squares = (out.mean - mean) ** 2 + (out.variance.sqrt() - gain * sde.prior_std) ** 2
+    return squares.mean().sqrt().item()
+
+
+@pytest.mark.parametrize("what", ["grid", "coefficients", "all"])
+def test_tuned_for_a_gaussian(what, unchecked):
+    found = tune_for(SDE, GAUSSIAN, solvers.dpmpp(2), 4, 20.0, what, starts=1)
+    assert found.report.tuned.rms == pytest.approx(exact_error(found.table, GAUSSIAN), rel=1e-9)
+    listed = [solvers.dpmpp(2).tableau(SDE, grid(SDE, 4)) for grid in tune_module.GRIDS.values()]
+    assert found.report.untuned.rms == pytest.approx(min(exact_error(t, GAUSSIAN) for t in listed), rel=1e-9)
+    assert (
+        found.report.tuned.rms < found.report.untuned.rms / {"grid": 5, "coefficients": 20, "all": 100}[what]
+    )
+    assert found.table.defect(SDE).abs().max() <= 1e-12
+    assert len(found.table) == 4 and found.report.status == "finished"
+    assert (found.report.n, found.report.seed) == (None, None)
+    changed = not torch.allclose(found.table.times, listed[0].times)
+    own = torch.tensor(any(torch.equal(found.table.times, t.times) for t in listed))
+    assert own == (what == "coefficients") and changed
+
+
+def test_rotations_do_not_matter(unchecked):
+    basis = torch.linalg.qr(normals(3, 3)).Q
+    turned = Gaussian(basis @ GAUSSIAN.mean, basis * GAUSSIAN.variance @ basis.T)
+    one, other = (tune_for(SDE, law, solvers.dpmpp(2), 3, 20.0, starts=1) for law in (GAUSSIAN, turned))
+    assert torch.allclose(one.table.times, other.table.times, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def ring():
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    options = {"shape": (2,), "n": 128, "starts": 1, "reference": 60}
+    made = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 60.0, "all", **options)
+    config.update("jaxtyping_disable", False)
+    return made
+
+
+def test_a_tuned_table_is_better_on_noises_never_seen(ring):
+    fixed, tuned = ring.report.untuned, ring.report.tuned
+    assert tuned.rms < fixed.rms / 5
+    assert ring.report.more_flips > 0.01
+    x = normals(500, 2, seed=99)
+    model = RING.denoiser(SDE)
+    wanted = solvers.exponential(5, corrector=6, stored="flow", variable="sigma").solve(
+        model, x, grids.quadratic(SDE, 60)
+    )
+    found = Noises(model, x, wanted.x, 500).distances(natural(ring.table))
+    assert Errors.of(found, ring.report.flip).rms < fixed.rms / 4
+    assert ring.table.defect(SDE).abs().max() <= 1e-12
+    assert ring.report.reference_error < tuned.rms / 10
+
+
+def test_the_table_goes_through_json_and_into_sample(ring):
+    again = Tableau.from_json(ring.table.to_json())
+    model = RING.denoiser(SDE)
+    drawn = sample(model, (16, 2), solvers.from_tableau(again), grid=ring.grid, seed=3)
+    assert torch.equal(drawn.x, sample(model, (16, 2), ring.solver, grid=ring.grid, seed=3).x)
+    assert drawn.network_calls == 4 == ring.report.calls
+    assert "4 calls; errors on 128 held-out noises" in repr(ring)
+    assert "unipc tuned: 4 calls" in repr(ring)
+
+
+def test_the_seed_decides(unchecked):
+    model = RING.denoiser(SDE)
+    options = {"shape": (2,), "n": 32, "starts": 1, "reference": 20}
+    one, same, other = (tune(model, solvers.dpmpp(2), 3, 60.0, seed=s, **options) for s in (0, 0, 1))
+    assert torch.equal(one.table.times, same.table.times) and one.report.history == same.report.history
+    assert not torch.equal(one.table.times, other.table.times)
+    assert one.report.status == "finished"
+
+
+def test_several_solvers_compete(unchecked):
+    model = RING.denoiser(SDE)
+    found = tune(
+        model,
+        [solvers.ddim(), solvers.unipc(2)],
+        4,
+        30.0,
+        shape=(2,),
+        n=32,
+        starts=2,
+        reference=20,
+        progress=True,
+    )
+    assert found.report.tried == 2 * len(tune_module.GRIDS)
+    assert found.report.untuned_name.startswith("unipc(2)")
+
+
+def test_a_float32_network(unchecked):
+    torch.manual_seed(0)
+    model = Denoiser(MLP(2, hidden=16), SDE, predicts="velocity")
+    found = tune(model, solvers.dpmpp(2), 3, 20.0, "all", shape=(2,), n=32, starts=1, reference=30, batch=50)
+    assert found.report.tuned.rms < found.report.untuned.rms
+    assert model.training  # as before
+
+
+# ---- falling back, stopping
+
+
+def scripted(monkeypatch, act):
+    """A fit that does what it is told."""
+
+    def call(self, space, best):
+        act(self, space, best)
+        return torch.zeros(len(space), dtype=F64), True
+
+    monkeypatch.setattr(Fit, "__call__", call)
+    return tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, shape=(2,), n=64, starts=1, reference=20)
+
+
+def fixed_table(found):
+    name = found.report.untuned_name.removeprefix("unipc(2) on ")
+    return solvers.unipc(2).tableau(SDE, tune_module.GRIDS[name](SDE, 4))
+
+
+def is_fixed(found):
+    own = fixed_table(found)
+    return torch.equal(own.mix, found.table.mix) and torch.equal(own.times, found.table.times)
+
+
+def test_without_a_better_table_the_fixed_one_is_returned(monkeypatch, unchecked):
+    found = scripted(monkeypatch, lambda fit, space, best: None)
+    assert is_fixed(found) and found.report.start is None
+    assert found.report.tuned == found.report.untuned
+    assert found.report.more_flips == 1
+
+
+def test_a_table_with_more_flips_is_not_taken(monkeypatch, unchecked):
+    def worse(fit, space, best):
+        best.table = solvers.ddim().tableau(SDE, grids.uniform(SDE, 1))
+        best.errors = Errors(0.0, 0.0, 0.0)
+
+    assert is_fixed(scripted(monkeypatch, worse))
+
+
+def test_an_interrupted_fit_keeps_its_best(monkeypatch, unchecked):
+    better = solvers.unipc(3).tableau(SDE, grids.quadratic(SDE, 25))
+
+    def stop(fit, space, best):
+        best.table, best.errors = better, Errors(1e-9, 0.0, 0.0)
+        raise KeyboardInterrupt
+
+    found = scripted(monkeypatch, stop)
+    assert found.report.status == "interrupted"
+    assert torch.equal(found.table.times, better.times)
+    assert found.report.tuned.rms < found.report.untuned.rms / 10
+
+
+def test_no_time_at_all(unchecked):
+    found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 1e-6, shape=(2,), n=16, reference=10)
+    assert found.report.status == "out of time"
+    assert found.report.tried == 1 and found.report.history == ()
+    assert is_fixed(found)
+
+
+@pytest.mark.parametrize(("new", "gone"), [(0, 0), (3, 1), (1, 3), (9, 0), (20, 12)])
+def test_flips_are_compared_in_pairs(new, gone):
+    from scipy.stats import binom
+
+    before, after = torch.zeros(60, dtype=F64), torch.zeros(60, dtype=F64)
+    before[:5] = after[:5] = 9.0
+    after[5 : 5 + new] = 9.0
+    before[40 : 40 + gone] = 9.0
+    found = tune_module._more_flips(before, after, 1.0)
+    assert found == pytest.approx(binom.sf(new - 1, new + gone, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"model": torch.nn.Identity()}, TypeError, "expected a denoiser"),
+        ({"solver": "unipc"}, TypeError, "expected solvers that are tables"),
+        ({"solver": solvers.adaptive_ode()}, TypeError, "expected solvers that are tables"),
+        ({"solver": solvers.ddpm()}, ValueError, "expected deterministic solvers"),
+        ({"solver": []}, ValueError, "expected at least one solver and one grid"),
+        ({"calls": 0}, ValueError, "expected a whole number calls >= 1, found 0"),
+        ({"calls": 2.0}, ValueError, "expected a whole number calls >= 1, found 2.0"),
+        ({"calls": 1, "solver": solvers.heun()}, ValueError, "expected calls that pay for a step"),
+        ({"seconds": 0.0}, ValueError, "expected seconds > 0"),
+        ({"seconds": math.nan}, ValueError, "expected seconds > 0"),
+        ({"what": "everything"}, ValueError, r"expected what to be one of \['all', 'coefficients', 'grid'\]"),
+        ({"n": 0}, ValueError, "expected a whole number n >= 1"),
+        ({"starts": True}, ValueError, "expected a whole number starts >= 1"),
+        ({"batch": 0}, ValueError, "expected a whole number batch >= 1"),
+        ({"end": 2.0}, ValueError, "expected an end"),
+        ({"grids": {}}, ValueError, "expected at least one solver and one grid"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_before_any_call(change, error, says, unchecked):
+    class Untouched(BaseDenoiser):
+        sde = SDE
+
+        def forward(self, x, t):
+            raise AssertionError("called")
+
+    given = {"model": Untouched(), "solver": solvers.dpmpp(2), "calls": 4, "shape": (2,), **change}
+    with pytest.raises(error, match=says):
+        tune(given.pop("model"), given.pop("solver"), given.pop("calls"), **given)
+
+
+def test_only_gaussians_are_exact(unchecked):
+    with pytest.raises(TypeError, match=r"expected a laws\.Gaussian"):
+        tune_for(SDE, RING, solvers.dpmpp(2), 4)
