@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from scoresde import VPSDE, Denoiser, grids, metrics, sample, solvers
+from scoresde import VPSDE, Denoiser, checkpoint, digits, grids, metrics, sample, solvers
 from scoresde.laws import Gaussian, Mixture
 from scoresde.networks import MLP
 from scoresde.noise import Noise
-from scoresde.select import Budget, Candidate, Comparison, compare, rank_agreement
+from scoresde.select import GRIDS, Budget, Candidate, Comparison, compare, rank_agreement, references
+from scoresde.select.compare import _too_dear
 from scoresde.select.comparison import About, LeftOut, Row, by_seconds
-from scoresde.select.measures import Paired, rms_distance
+from scoresde.select.jobs import Job
+from scoresde.select.measures import Label, Laws, Paired, rms_distance
+from scoresde.select.runs import How, Runner
 
 SDE = VPSDE()
 F64 = torch.float64
@@ -62,7 +66,7 @@ def test_rows_are_distances_to_the_reference(unchecked):
     found = run([solvers.ddim(), solvers.dpmpp(2)], SOME, (5, 10), seed=3)
     assert len(found.rows) == 8
     truth = sample(MODEL, (64, 2), solvers.adaptive_ode(1e-9, 1e-9, max_calls=9999), seed=3).x
-    flip = 0.3 * float((truth - truth.mean(0)).square().mean().sqrt())
+    flip = 0.4 * float((truth - truth.mean(0)).square().mean().sqrt())
     assert found.about.flip == pytest.approx(flip, rel=1e-3)
     for row in found.rows:
         solver, grid = {"ddim()": solvers.ddim(), "dpmpp(2)": solvers.dpmpp(2)}[row.solver], SOME[row.grid]
@@ -82,6 +86,10 @@ def test_the_reference_knows_its_error(unchecked):
     given = run([solvers.dpmpp(2)], SOME, (10,), reference=truth)
     assert given.about.reference == "given"
     assert 0 < found.about.reference_error < 1e-3
+    half = sample(MODEL, (64, 2), references.USUAL.solver, steps=50, grid=references.USUAL.grid).x
+    d = rms_distance(half, truth)
+    assert d.max() < found.about.flip
+    assert given.about.reference_error == pytest.approx(float(d.square().mean().sqrt()))
     assert found.about.reference_error == pytest.approx(given.about.reference_error, rel=0.2)
     for one, other in zip(found.rows, given.rows, strict=True):
         assert one.error == pytest.approx(other.error, abs=found.about.reference_error)
@@ -103,8 +111,6 @@ def test_flips_are_left_out_and_count():
     measure = Paired(reference, rms_distance, flip=0.5)
     x = torch.tensor([[0.3, 0.4]] * 6 + [[3.0, 4.0], [0.0, 0.0]], dtype=F64)
     record = {"calls": 5, "seconds": 0.1, "memory": None, **measure(x)}
-    from scoresde.select.measures import Label
-
     (row,) = measure.rows([(Label("s", "g", 5), record)])
     assert row.error == pytest.approx(math.sqrt(6 / 7 * 0.125))
     assert (row.flips, row.median) == (0.125, pytest.approx(math.sqrt(0.125)))
@@ -121,9 +127,7 @@ def test_intervals_cover_the_error(alpha_ledger):
     that of half the width much less often."""
     from scipy import stats
 
-    from scoresde.select.measures import Label
-
-    n, trials, hits, narrow = 400, 200, 0, 0
+    n, trials, hits, narrow, width = 400, 200, 0, 0, 0.0
     draws = torch.randn(trials, n, 1, generator=torch.Generator().manual_seed(1), dtype=F64)
     measure = Paired(torch.zeros(n, 1, dtype=F64), rms_distance, None)
     cost = {"calls": 5, "seconds": 0.1, "memory": None}
@@ -131,16 +135,16 @@ def test_intervals_cover_the_error(alpha_ledger):
         (row,) = measure.rows([(Label("s", "g", 5), {**cost, **measure(x)})])
         assert row.flips is None
         hits += row.low <= 1 <= row.high
+        width += (row.high - row.low) / trials
         narrow += row.error - (row.error - row.low) / 2 <= 1 <= row.error + (row.high - row.error) / 2
     alpha_ledger.spend(1e-9, "bootstrap intervals of 95 % hold at least 80 % of the time")
     assert stats.binomtest(hits, trials, 0.9, alternative="less").pvalue > 1e-9
+    assert width == pytest.approx(2 * 1.96 / math.sqrt(2 * n), rel=0.05)  # of a normal estimate
     assert stats.binomtest(narrow, trials, 0.9, alternative="less").pvalue < 1e-9
 
 
 def test_wins_compare_the_same_resamples():
     """A run that is better on every sample always wins, though the intervals overlap; equal ones share."""
-    from scoresde.select.measures import Label
-
     x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
     measure = Paired(torch.zeros_like(x), rms_distance, None)
     cost = {"calls": 5, "seconds": 0.1, "memory": None}
@@ -194,8 +198,6 @@ def test_metrics_for_sets_of_one_size():
 def test_the_jackknife_is_exact_for_a_mean(alpha_ledger):
     """For the mean of n numbers in ten equal groups it is Student's interval of the groups' means."""
     from scipy import stats
-
-    from scoresde.select.measures import Label, Laws
 
     x, data = torch.randn(50, 1, generator=torch.Generator().manual_seed(0)), torch.zeros(9, 1)
     measure = Laws(data, lambda a, b: float(a.mean() - b.mean()))
@@ -355,6 +357,36 @@ def test_the_cache_makes_nothing_twice(tmp_path: Path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_cache_knows_conditions(tmp_path: Path):
+    """A label of a sample that the fingerprint does not see makes another run."""
+
+    class Labelled(torch.nn.Module):
+        def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            return 0.5 * x + label[:, None]
+
+    label = torch.arange(10) % 3
+    again = partial(
+        compare, Denoiser(Labelled(), SDE, predicts="data"), [solvers.ddim()], SOME, (5,), shape=(2,), n=10,
+        cache=tmp_path,
+    )  # fmt: skip
+    assert again(condition={"label": label}).about.calls == 150 + 2 * 5
+    assert again(condition={"label": label}).about.calls == 0
+    label[7] = 0
+    assert again(condition={"label": label}).about.calls == 150 + 2 * 5
+
+
+def test_seconds_are_foreseen(monkeypatch: pytest.MonkeyPatch):
+    """After 100 calls in 10 s, 30 calls in two parts take 6 s more."""
+    run = Runner(MODEL, (10, 2), 0, 1e-3, None, 5)
+    run.calls = 100
+    job = Job(Label("s", "g", 30), How(solvers.ddim(), torch.ones(2), ""), 30, None, False)
+    monkeypatch.setattr(time, "perf_counter", lambda: 110.0)
+    assert _too_dear(job, run, Budget(seconds=15.9), 100.0) == "beyond 15.9 seconds"
+    assert _too_dear(job, run, Budget(seconds=16.1), 100.0) is None
+    assert _too_dear(job, run, Budget(calls=159), 100.0) == "beyond 159 network calls"
+    assert _too_dear(job, run, Budget(calls=160), 100.0) is None
+
+
 def test_interrupted_and_resumed(tmp_path: Path):
     """Ctrl-C in the middle of a run: what is done is kept, and the same call again makes the rest."""
     network = Counting(stop_at=4 + 150 + 5 + 3)
@@ -458,6 +490,21 @@ def test_ranks_are_stable_over_seeds(unchecked):
     assert min(rank_agreement(one, other).values()) > 0.95
 
 
+@pytest.mark.slow
+def test_ranks_on_digits_are_stable_over_seeds(unchecked):
+    """A trained network: some solvers on three grids, two seeds."""
+    pytest.importorskip("sklearn")
+    model = checkpoint.load(Path(__file__).parents[1] / "benchmarks" / "digits.safetensors")
+    listed = [
+        *(solvers.ddim(), solvers.heun(), solvers.dpmpp(2), solvers.dpmpp(3), solvers.unipc(3)),
+        *(solvers.deis(3), solvers.exponential(3, stored="flow", variable="sigma")),
+    ]
+    on = {name: GRIDS[name] for name in ("quadratic", "log_snr", "power(exponent=3)")}
+    options = {"shape": digits.SHAPE, "n": 48, "condition": {"label": digits.labels(48)}}
+    one, other = (compare(model, listed, on, (5, 10), seed=seed, **options) for seed in (0, 1))
+    assert min(rank_agreement(one, other).values()) >= 0.9
+
+
 def test_errors_on_a_gaussian_are_exact(unchecked):
     """There the flow is x_end = alpha m + s (x_1 - alpha_1 m)/s_1 with s^2 = alpha^2 v + sigma^2."""
     law = Gaussian([0.5, -0.5], 0.25)
@@ -468,5 +515,5 @@ def test_errors_on_a_gaussian_are_exact(unchecked):
     one, end = law.marginal(SDE, 1.0), law.marginal(SDE, drawn.end)
     exact = end.mean + (end.variance / one.variance).sqrt() * (start - one.mean)
     (row,) = found.rows
-    assert row.flips == 0 and found.about.reference_error < 1e-7
+    assert row.flips == 0 and found.about.reference_error < 1e-5
     assert row.error == pytest.approx(float((drawn.x - exact).square().mean().sqrt()), rel=1e-3)

@@ -35,7 +35,7 @@ def compare(
     end: float | None = None,
     seconds: float | None = None,
     batch: int | None = None,
-    out: Path = Path("comparison"),
+    out: Path = Path("outputs/comparison"),
     device: str = "auto",
 ) -> None:
     """Run solvers on grids with numbers of network calls, from the same noise, and measure their errors.

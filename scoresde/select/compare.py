@@ -127,7 +127,7 @@ def compare(
                known by its outputs on four noises at four times
     progress   a bar, one tick a network call
     dtype      of the state, as in `sample`
-    flip       default: 0.3 standard deviations of the reference; with a metric of one's own: none
+    flip       default: 0.4 standard deviations of the reference; with a metric of one's own: none
 
     Intervals (95 %) are of the samples' randomness: the bootstrap's percentiles, the same resamples for all
     runs; with data, the delete-a-group jackknife in 10 blocks of samples (Student's t). Seconds are those of

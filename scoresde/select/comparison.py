@@ -277,7 +277,7 @@ def _json(item: Any) -> str:
 
 
 _PAIRED = ("flips", "median", "best in")
-_HEAD = ["calls", "error", "95 % interval", *_PAIRED, "seconds", "front", "solver on grid"]
+_HEAD = ["calls", "error", "95 % interval", *_PAIRED, "seconds", "MB", "front", "solver on grid"]
 
 
 def _cells(row: Row, marks: str, flips: bool) -> list[str]:
@@ -293,6 +293,7 @@ def _cells(row: Row, marks: str, flips: bool) -> list[str]:
         f"{row.low:.2e} .. {row.high:.2e}",
         *(paired if flips else []),
         f"{row.seconds:.2g}",
+        "-" if row.memory is None else f"{row.memory / 1e6:.2g}",
         marks,
         row.name,
     ]
