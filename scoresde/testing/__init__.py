@@ -1,4 +1,5 @@
-"""Property tests for schedules, processes, discretizations, denoisers and solvers: ours, and a user's own.
+"""Property tests for schedules, processes, discretizations, denoisers, solvers, guidance and likelihoods:
+ours, and a user's own.
 
 Checks are plain functions that raise AssertionError with the worst case, the measured number and the bound;
 they need neither pytest nor hypothesis. `scoresde.testing.strategies` draws the cases, and
@@ -10,6 +11,8 @@ from .black_box import SameLaw, check_same_law, check_sampler_exact_law, sampler
 from .certify import Certificate, certify
 from .chain_checks import check_discretization
 from .denoiser_checks import check_denoiser
+from .guidance_checks import check_guidance, check_interval
+from .likelihood_checks import check_bound, check_divergence, check_likelihood
 from .process_checks import check_schedule, check_sde
 from .solver_checks import (
     check_batch,
@@ -29,9 +32,14 @@ __all__ = [
     "SameLaw",
     "certify",
     "check_batch",
+    "check_bound",
     "check_denoiser",
     "check_discretization",
+    "check_divergence",
+    "check_guidance",
+    "check_interval",
     "check_invariances",
+    "check_likelihood",
     "check_order",
     "check_rotation",
     "check_row_order",

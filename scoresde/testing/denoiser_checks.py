@@ -47,15 +47,15 @@ def check_denoiser(
     for t in a_few(sde) if times is None else times:
         alpha, sigma = sde.alpha(t), sde.sigma(t)
         x = (like(alpha, x0) * x0 + like(sigma, x0) * eps).to(dtype)
-        _check_views(model, x, t)
+        check_views(model, x, t)
         if law is not None:
             there = law.marginal(sde, t)
-            _check_score(model, x.double(), t, there.log_prob, rtol, law)
+            check_score(model, x.double(), t, there.log_prob, rtol, law)
         if hasattr(model, "log_prob"):
-            _check_score(model, x.double(), t, lambda y, t=t: model.log_prob(y, t), rtol, model)
+            check_score(model, x.double(), t, lambda y, t=t: model.log_prob(y, t), rtol, model)
 
 
-def _check_views(model: Any, x: Tensor, t: Tensor) -> None:
+def check_views(model: Any, x: Tensor, t: Tensor) -> None:
     D = model(x, t)
     holds("D has the shape and dtype of x", D.shape == x.shape and D.dtype == x.dtype, shape=D.shape)
     together = model(x, t.expand(len(x)))
@@ -85,7 +85,7 @@ def _check_views(model: Any, x: Tensor, t: Tensor) -> None:
         at_most(claim, gap, rounding * factor, **where)
 
 
-def _check_score(
+def check_score(
     model: Any, x: Tensor, t: Tensor, log_prob: Callable[[Tensor], Tensor], rtol: float, law: Any
 ) -> None:
     """score = grad log p and alpha D = x + sigma^2 grad log p."""
