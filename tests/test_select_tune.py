@@ -12,6 +12,7 @@ from scoresde import VPSDE, grids, sample, solvers
 from scoresde.denoiser import BaseDenoiser, Denoiser
 from scoresde.laws import Gaussian, Mixture
 from scoresde.networks import MLP
+from scoresde.noise import Noise
 from scoresde.sde import EDM, Rectified, SubVPSDE
 from scoresde.select import tune, tune_for
 from scoresde.select.tuning_fit import Best, Errors, Fit, Local, Point, _updated
@@ -366,6 +367,18 @@ def test_the_seed_decides(unchecked):
     assert one.report.status == "finished"
 
 
+def test_states_that_are_given(unchecked):
+    """The prior's own states give what the seed gives; others do not."""
+    model, options = RING.denoiser(SDE), {"shape": (2,), "n": 16, "starts": 1, "reference": 20}
+    own = Noise.of(5, batch=48, dtype=F64).prior((48, 2))
+    drawn = tune(model, solvers.dpmpp(2), 2, 60.0, seed=5, **options).report
+    given, other = (
+        tune(model, solvers.dpmpp(2), 2, 60.0, start=x, **options).report for x in (own, 0.5 * own)
+    )
+    assert given.tuned == drawn.tuned and given.history == drawn.history
+    assert other.tuned != drawn.tuned
+
+
 def test_several_solvers_compete(unchecked):
     model = RING.denoiser(SDE)
     found = tune(
@@ -422,7 +435,7 @@ def test_without_a_better_table_the_fixed_one_is_returned(monkeypatch, unchecked
     assert found.report.more_flips == 1
 
 
-def test_a_table_with_more_flips_is_not_taken(monkeypatch, unchecked):
+def test_a_table_withmore_flips_is_not_taken(monkeypatch, unchecked):
     def worse(fit, space, best):
         best.table = solvers.ddim().tableau(SDE, grids.uniform(SDE, 1))
         best.errors = Errors(0.0, 0.0, 0.0)
@@ -458,7 +471,7 @@ def test_flips_are_compared_in_pairs(new, gone):
     before[:5] = after[:5] = 9.0
     after[5 : 5 + new] = 9.0
     before[40 : 40 + gone] = 9.0
-    found = tune_module._more_flips(before, after, 1.0)
+    found = tune_module.more_flips(before, after, 1.0)
     assert found == pytest.approx(binom.sf(new - 1, new + gone, 0.5))
 
 
@@ -480,6 +493,7 @@ def test_flips_are_compared_in_pairs(new, gone):
         ({"starts": True}, ValueError, "expected a whole number starts >= 1"),
         ({"batch": 0}, ValueError, "expected a whole number batch >= 1"),
         ({"end": 2.0}, ValueError, "expected an end"),
+        ({"start": torch.zeros(6, 2), "n": 3}, ValueError, r"expected start of shape \(9, 2\), found"),
         ({"grids": {}}, ValueError, "expected at least one solver and one grid"),
     ],
 )  # fmt: skip

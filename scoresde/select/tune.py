@@ -178,6 +178,7 @@ def tune(
     shape: Sequence[int],
     n: int = 256,
     seed: int = 0,
+    start: Tensor | None = None,
     condition: Mapping[str, Any] | None = None,
     end: float | None = None,
     grids: Mapping[str, GridFunction] = GRIDS,
@@ -203,6 +204,7 @@ def tune(
                point mass whatever the solver did
     seconds    for everything; the model is at least called for references and fixed configurations
     shape      of one sample, without the batch
+    start      states (3n, *shape) at t_max to use instead, where runs do not start from the sde's prior
     condition  keywords for the model; tensors with n entries are one a sample, the same for each of the sets
     batch      samples in one call of the model; by default n, and more if samples are small
     flip       samples further than this from the reference (root mean square over coordinates) count as
@@ -220,9 +222,14 @@ def tune(
     task = Task.of(model.sde, solver, calls, what, seconds, end, grids, starts)
     _whole(n=n, reference=reference, batch=n if batch is None else batch)
     batch = max(n, 2**15 // max(math.prod(shape), 1)) if batch is None else batch
+    if start is None:
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        noise = Noise.of(seed, batch=3 * n, device=model.device, dtype=dtype)
+        start = noise.prior((3 * n, *shape)) * model.sde.prior_std
+    if tuple(start.shape) != (3 * n, *shape):
+        raise ValueError(f"expected start of shape {(3 * n, *shape)}, found {tuple(start.shape)}")
     with torch.no_grad(), evaluating(model):
-        given = model.given(**(condition or {}))
-        sets = _sampled(given, tuple(shape), n, seed, end, reference, batch, flip)
+        sets = _sampled(model.given(**(condition or {})), start, seed, end, reference, batch, flip)
         return _tuned(task, sets, started, progress)
 
 
@@ -276,20 +283,18 @@ def _whole(**numbers: int) -> None:
 
 def _sampled(
     model: BaseDenoiser,
-    shape: tuple[int, ...],
-    n: int,
+    start: Tensor,
     seed: int,
     end: float | None,
     steps: int,
     batch: int,
     flip: float | None,
 ) -> Sets:
-    """The three sets, with references."""
-    sde, dtype = model.sde, torch.promote_types(model.dtype, torch.float32)
+    """Three sets of states (3n, ...), with references."""
     solver, meter = exponential(5, corrector=6, stored="flow", variable="sigma"), Meter()
 
     def end_of(some: BaseDenoiser, x: Tensor, steps: int) -> Tensor:
-        table = solver.tableau(sde, default_grid(sde, steps, end))
+        table = solver.tableau(model.sde, default_grid(model.sde, steps, end))
         parts = []
         for rows in torch.arange(len(x), device=x.device).split(batch):
             parts.append(execute(table, some.narrowed(rows, len(x)), x[rows]).x)
@@ -297,12 +302,7 @@ def _sampled(
             meter.samples += len(table) * len(rows)
         return torch.cat(parts)
 
-    made = []
-    for k in range(3):
-        ids = torch.arange(k * n, (k + 1) * n)
-        noise = Noise.of(seed, ids, device=model.device, dtype=dtype)
-        start = noise.prior((n, *shape)) * sde.prior_std
-        made.append(Noises(model, start, end_of(model, start, steps), batch, meter))
+    made = [Noises(model, part, end_of(model, part, steps), batch, meter) for part in start.chunk(3)]
     few = made[1].first(32)
     halved = distance(end_of(few.model, few.start, max(1, steps // 2)), few.target)
     ends = torch.cat([noises.target for noises in made]).double()
@@ -335,7 +335,7 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
         table, start = fixed_table, None
         better = [fit for fit in fits if fit[1].errors.rank < Errors.of(untuned, sets.flip).rank]
         for candidate, best in sorted(better, key=lambda fit: fit[1].errors.rank):
-            flips = _more_flips(untuned, sets.judge.distances(natural(best.table)), sets.flip)
+            flips = more_flips(untuned, sets.judge.distances(natural(best.table)), sets.flip)
             if flips >= SUSPECT:
                 table, start = best.table, candidate.name
                 break
@@ -345,7 +345,7 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
         untuned=Errors.of(before, sets.flip),
         tuned=Errors.of(after, sets.flip),
         start=start,
-        more_flips=_more_flips(before, after, sets.flip),
+        more_flips=more_flips(before, after, sets.flip),
         reference_error=sets.reference_error,
         flip=sets.flip,
         calls=len(table),
@@ -400,7 +400,7 @@ def _in_stages(
     return enough
 
 
-def _more_flips(before: Tensor, after: Tensor, flip: float) -> float:
+def more_flips(before: Tensor, after: Tensor, flip: float) -> float:
     """P(at least so many new flips) if of the samples that flip in one of two runs (distances (n,) of the
     same noises) each were as likely to do so in either."""
     new = int(((after > flip) & (before <= flip)).sum())
