@@ -45,6 +45,7 @@ UNET = {
     "time_input": "log_snr",
     "embedding_dim": 12,
     "out_channels": 4,
+    "context_dim": None,  # tests/test_networks_context.py
 }
 PERCEPTRON = {
     "dim": 3,
@@ -575,6 +576,8 @@ def test_sizes_that_do_not_fit_name_those_that_do(height, width, levels):
         {"time_input": "sigma"},
         {"embedding_dim": 7},
         {"out_channels": 0},
+        {"context_dim": 0},
+        {"context_dim": 3, "attention": ()},
     ],
     ids=str,
 )

@@ -1,11 +1,11 @@
-"""Networks `net(x, time, label=None, vector=None)`: what a `Denoiser` wraps.
+"""Networks `net(x, time, label=None, vector=None)`, the U-Net also with a context: what a `Denoiser` wraps.
 
 A network is rebuilt from its class name, one of `__all__`, and its `config`: `getattr(networks,
 name)(**config)`. `UNet` is for images, `MLP` for vectors, `Gradient` makes either conservative,
 `NoisyClassifier` tells classes; the other names are the parts to build your own from.
 """
 
-from scoresde.networks.blocks import Attention, Encoder, Residual
+from scoresde.networks.blocks import Attention, CrossAttention, Encoder, Residual
 from scoresde.networks.classifier import NoisyClassifier
 from scoresde.networks.embeddings import Conditioning, RandomFourier, Sinusoidal
 from scoresde.networks.gradient import Gradient
@@ -16,6 +16,7 @@ __all__ = [
     "MLP",
     "Attention",
     "Conditioning",
+    "CrossAttention",
     "Encoder",
     "Gradient",
     "NoisyClassifier",

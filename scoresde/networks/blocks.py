@@ -1,4 +1,4 @@
-"""The parts of the U-Net: residual block, self-attention, and the encoder that classifiers share with it."""
+"""The parts of the U-Net: residual block, attention, and the encoder that classifiers share with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
@@ -78,30 +78,85 @@ class Attention(nn.Module):
         return x + self.out(h).transpose(1, 2).view(b, c, height, width)
 
 
+class CrossAttention(nn.Module):
+    """`x + W_o softmax(q k^T / sqrt(d)) v`: the H W positions attend to the tokens of a context, q linear in
+    norm(x), k and v in the tokens, d = C / heads.
+
+    Vaswani et al. 2017 (arXiv:1706.03762), for images Rombach et al. 2022 (arXiv:2112.10752, section 3.3).
+    W_o starts at zero, so that a new network ignores its context. One token more, learned and always there,
+    is what remains without a context or with all of it masked. Tokens have no order: one that matters belongs
+    into them.
+
+    x (B, C, H, W), context (B, L, context_dim) or None, mask (B, L), True for the tokens that count -> as x.
+    """
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        check_heads(channels, heads)
+        self.heads = heads
+        self.norm = norm(channels)
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(context_dim, 2 * channels)
+        self.null = nn.Parameter(torch.zeros(1, 1, context_dim))  # what dropped conditions are: zeros
+        self.out = zeros_(nn.Linear(channels, channels))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        context: Float[Tensor, "b l k"] | None = None,
+        mask: Bool[Tensor, "b l"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        b, c, height, width = x.shape
+        tokens = self.null.expand(b, -1, -1)
+        if context is not None:
+            tokens = torch.cat([tokens, context.to(tokens.dtype)], 1)
+        positions = self.norm(x).flatten(2).transpose(1, 2)
+        q = self.query(positions).view(b, height * width, self.heads, c // self.heads).transpose(1, 2)
+        pairs = self.key_value(tokens).view(b, tokens.shape[1], 2, self.heads, c // self.heads)
+        k, v = pairs.permute(2, 0, 3, 1, 4).unbind(0)
+        seen = None if mask is None else F.pad(mask, (1, 0), value=True)[:, None, None]
+        h = F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).reshape(b, height * width, c)
+        return x + self.out(h).transpose(1, 2).view(b, c, height, width)
+
+
 class Block(nn.Module):
-    """A residual block and, where `heads` is given, self-attention after it."""
+    """A residual block and, where `heads` is given, self-attention after it and attention to a context of
+    `context_dim` features a token."""
 
     def __init__(
-        self, channels: int, out_channels: int, width: int, heads: int | None, dropout: float
+        self,
+        channels: int,
+        out_channels: int,
+        width: int,
+        heads: int | None,
+        dropout: float,
+        context_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.residual = Residual(channels, out_channels, width, dropout)
         self.attention = None if heads is None else Attention(out_channels, heads)
+        self.cross = None
+        if heads is not None and context_dim is not None:
+            self.cross = CrossAttention(out_channels, context_dim, heads)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         x = self.residual(x, emb)
-        return x if self.attention is None else self.attention(x)
+        x = x if self.attention is None else self.attention(x)
+        return x if self.cross is None else self.cross(x, context, mask)
 
 
 class Encoder(nn.Module):
     """The way down of the U-Net: a convolution, then `blocks` blocks at each level, 2x2 means in between.
 
     Level l has `base * multipliers[l]` channels and a 2^l-th of the height and width. `attention` names the
-    levels that have self-attention (a negative one counts from the deepest). `width` is the size of emb.
+    levels that have self-attention (a negative one counts from the deepest), and attention to a context of
+    `context_dim` features a token. `width` is the size of emb.
 
-    forward: x (B, channels, H, W), emb (B, width) -> the outputs of all blocks, finest first; the last one is
-    the deepest. `out_channels` lists their channels. Raises ValueError for sizes that the levels do not
-    divide.
+    forward: x (B, channels, H, W), emb (B, width), context and mask as in `CrossAttention` -> the outputs of
+    all blocks, finest first; the last one is the deepest. `out_channels` lists their channels. Raises
+    ValueError for sizes that the levels do not divide.
     """
 
     def __init__(
@@ -114,6 +169,7 @@ class Encoder(nn.Module):
         heads: int,
         dropout: float,
         width: int,
+        context_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -127,19 +183,27 @@ class Encoder(nn.Module):
             inputs = [previous] + [base * multiplier] * (blocks - 1)
             level_heads = heads if level in attended else None
             self.down.append(
-                nn.ModuleList(Block(c, base * multiplier, width, level_heads, dropout) for c in inputs)
+                nn.ModuleList(
+                    Block(c, base * multiplier, width, level_heads, dropout, context_dim) for c in inputs
+                )
             )
             self.out_channels += [base * multiplier] * blocks
             previous = base * multiplier
 
-    def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> list[Tensor]:
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        emb: Float[Tensor, "b e"],
+        context: Float[Tensor, "b l k"] | None = None,
+        mask: Bool[Tensor, "b l"] | None = None,
+    ) -> list[Tensor]:
         check_image(x, self.channels, self.levels)
         h = self.stem(x)
         features: list[Tensor] = []
         for level, blocks in enumerate(self.down):
             h = F.avg_pool2d(h, 2) if level else h
             for block in blocks:  # pyright: ignore[reportGeneralTypeIssues]
-                h = block(h, emb)
+                h = block(h, emb, context, mask)
                 features.append(h)
         return features
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Real
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from scoresde.networks.blocks import Block, Encoder, attended_levels, check_heads, norm, zeros_
@@ -21,13 +21,31 @@ def check_positive(**sizes: int | None) -> None:
             raise ValueError(f"{name}: expected a positive int, found {size!r}.")
 
 
+def check_context(context: Tensor | None, mask: Tensor | None, batch: int, dim: int | None) -> None:
+    """ValueError unless context is (B, L, dim) and its mask boolean (B, L), where they are given."""
+    if context is None and mask is None:
+        return
+    if dim is None:
+        raise ValueError(
+            "context: this network reads none; leave it out, or build the network with context_dim=."
+        )
+    if context is None or context.ndim != 3 or (len(context), context.shape[2]) != (batch, dim):
+        found = None if context is None else tuple(context.shape)
+        raise ValueError(f"context: expected shape ({batch}, L, {dim}) (context_dim), found {found}.")
+    if mask is not None and (mask.shape != context.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"context_mask: expected booleans of shape {tuple(context.shape[:2])}, True for tokens that "
+            f"count, found {mask.dtype} of shape {tuple(mask.shape)}."
+        )
+
+
 def check_dropout(dropout: float) -> None:
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), found {dropout!r}.")
 
 
 class UNet(nn.Module):
-    """A U-Net `F(x, time, label, vector)` for images of any number of channels, from 8x8 up.
+    """A U-Net `F(x, time, label, vector, context)` for images of any number of channels, from 8x8 up.
 
     Ho et al. 2020 (arXiv:2006.11239), Dhariwal & Nichol 2021 (arXiv:2105.05233), made lean: as many blocks up
     as down, levels joined by 2x2 means and nearest neighbours inside the skip path without convolutions of
@@ -42,6 +60,8 @@ class UNet(nn.Module):
     dropout:        inside the residual blocks
     classes:        number of classes, for `label=`; label -1, or none, is the null class
     vector_dim:     size of `vector=`
+    context_dim:    features of a token of `context=` (a text, a set of vectors), which the attended levels
+                    read by cross-attention
     embedding:      "sinusoidal" or "fourier";  time_input: "t", "log_snr" or "index", what `time` holds
     embedding_dim:  size of the conditioning features (default 4 * base)
 
@@ -68,10 +88,12 @@ class UNet(nn.Module):
         time_input: str = "t",
         embedding_dim: int | None = None,
         out_channels: int | None = None,
+        context_dim: int | None = None,
     ) -> None:
         super().__init__()
         check_positive(channels=channels, base=base, blocks=blocks, heads=heads, classes=classes)
         check_positive(vector_dim=vector_dim, embedding_dim=embedding_dim, out_channels=out_channels)
+        check_positive(context_dim=context_dim)
         if not isinstance(multipliers, Sequence):
             raise TypeError(
                 f"multipliers: expected positive ints, one for each level, found {multipliers!r}."
@@ -81,6 +103,11 @@ class UNet(nn.Module):
         )
         check_dropout(dropout)
         attended = attended_levels(attention, len(multipliers))
+        if context_dim is not None and not attended:
+            raise ValueError(
+                f"attention: expected a level at which to read the context (context_dim={context_dim}), "
+                "found none."
+            )
         for level in attended:  # before any weight is drawn
             check_heads(base * multipliers[level], heads)
         self.config: dict[str, Any] = {
@@ -97,22 +124,29 @@ class UNet(nn.Module):
             "time_input": time_input,
             "embedding_dim": embedding_dim,
             "out_channels": out_channels,
+            "context_dim": context_dim,
         }
+        self.context_dim = context_dim
         width = embedding_dim or 4 * base
         self.conditioning = Conditioning(
             width, classes=classes, vector_dim=vector_dim, embedding=embedding, time_input=time_input
         )
-        self.encoder = Encoder(channels, base, multipliers, blocks, attention, heads, dropout, width)
+        self.encoder = Encoder(
+            channels, base, multipliers, blocks, attention, heads, dropout, width, context_dim
+        )
         skips = list(self.encoder.out_channels)
         h = skips[-1]
         deepest_heads = heads if len(multipliers) - 1 in attended else None
-        self.middle = nn.ModuleList(Block(h, h, width, head, dropout) for head in (deepest_heads, None))
+        self.middle = nn.ModuleList(
+            Block(h, h, width, head, dropout, context_dim) for head in (deepest_heads, None)
+        )
         self.up = nn.ModuleList()
         for level in reversed(range(len(multipliers))):
             stage = nn.ModuleList()
             for _ in range(blocks):
                 c = base * multipliers[level]
-                stage.append(Block(h + skips.pop(), c, width, heads if level in attended else None, dropout))
+                level_heads = heads if level in attended else None
+                stage.append(Block(h + skips.pop(), c, width, level_heads, dropout, context_dim))
                 h = c
             self.up.append(stage)
         self.head = norm(h)
@@ -124,20 +158,26 @@ class UNet(nn.Module):
         time: Real[Tensor, " b"],
         label: Int[Tensor, " b"] | None = None,
         vector: Float[Tensor, "b k"] | None = None,
+        context: Float[Tensor, "b l e"] | None = None,
+        context_mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b d h w"]:
         """x (B, C, H, W), time (B,) -> (B, out_channels, H, W) in the dtype of x.
 
-        label (B,) integers from -1 to classes - 1, vector (B, vector_dim).
+        label (B,) integers from -1 to classes - 1, vector (B, vector_dim), context (B, L, context_dim) of
+        tokens in any order, context_mask (B, L), True for those that count. Without a context, or with all of
+        it masked, a learned null token is read: in classifier-free guidance
+        `null={"context": 0.0, "context_mask": False}`, as `train.fit(label_dropout=...)` drops them.
         Raises ValueError for shapes that do not fit; sizes must be divisible by 2^(levels - 1).
         """
         check_time(time, len(x))
+        check_context(context, context_mask, len(x), self.context_dim)
         emb = self.conditioning(time, label, vector)
-        features = self.encoder(x, emb)
+        features = self.encoder(x, emb, context, context_mask)
         h = features[-1]
         for block in self.middle:
-            h = block(h, emb)
+            h = block(h, emb, context, context_mask)
         for depth, blocks in enumerate(self.up):
             h = F.interpolate(h, scale_factor=2.0, mode="nearest") if depth else h
             for block in blocks:  # pyright: ignore[reportGeneralTypeIssues]
-                h = block(torch.cat([h, features.pop()], dim=1), emb)
+                h = block(torch.cat([h, features.pop()], dim=1), emb, context, context_mask)
         return self.out(F.silu(self.head(h))).to(x.dtype)
