@@ -75,12 +75,21 @@ PARTS = [
     _part(
         "digits",
         "Which solver is best on a trained model, at how many calls?",
-        "--quick --out {out}",
+        "--quick --out {out} --runs {out}/runs",
         "matplotlib",
         "sklearn",
     ),
-    _part("recommend", "Are solvers ranked rightly without a call of the network?", "--quick --out {out}"),
-    _part("tuning", "How much does tuning a table gain on noises it has not seen?", "--quick --out {out}"),
+    _part(
+        "recommend",
+        "Are solvers ranked rightly without a call of the network?",
+        "--mixtures 2 --calls 10 --out {out}",
+        "matplotlib",
+    ),
+    _part(
+        "tuning",
+        "How much does tuning a table gain on noises it has not seen?",
+        "--quick --problems ring --calls 6 10 --out {out}",
+    ),
 ]
 
 
@@ -109,7 +118,7 @@ def run(part: Part, out: Path, limit: float) -> Outcome:
     if reason is not None:
         return Outcome(part, f"skipped: {reason}", 0.0, "", folder)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", part.name, *(str(folder) if a == OUT else a for a in part.arguments)]
+    command = [sys.executable, "-m", part.name, *(a.replace(OUT, str(folder)) for a in part.arguments)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     started, verdict = time.perf_counter(), "ok"
     log = folder / "log.txt"
@@ -172,7 +181,7 @@ def report(outcomes: Sequence[Outcome], out: Path) -> str:
     for outcome in outcomes:
         if outcome.verdict.startswith("skipped"):
             continue
-        words = " ".join(a if a != OUT else "FOLDER" for a in outcome.part.arguments)
+        words = " ".join(outcome.part.arguments).replace(OUT, "FOLDER")
         lines += ["", f"## {outcome.part.title}", "", f"{outcome.part.question}  "]
         lines += [f"`python -m {outcome.part.name} {words}`, {outcome.seconds:.0f} s: {outcome.verdict}", ""]
         lines += [text(outcome), ""]

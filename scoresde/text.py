@@ -53,14 +53,14 @@ def _made(node: ast.AST, kind: Kind, wrong: ValueError) -> Any:
     """What the syntax tree of `name(option=value, ...)` stands for."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         raise wrong
-    name, values, options = node.func.id, [_value(value, kind, wrong) for value in node.args], {}
+    name = node.func.id
     if name not in kind.makers:
         known = ", ".join(sorted(kind.makers))
         raise ValueError(f"expected a {kind.word} from {known}; found {name!r}.{kind.see}")
-    for keyword in node.keywords:
-        if keyword.arg is None or keyword.arg in options:  # **{...}, or a name twice
-            raise wrong
-        options[keyword.arg] = _value(keyword.value, kind, wrong)
+    values = [_value(value, kind, wrong) for value in node.args]
+    options = {keyword.arg: _value(keyword.value, kind, wrong) for keyword in node.keywords}
+    if None in options:  # **{...}
+        raise wrong
     maker = kind.makers[name]
     try:
         return maker(*values, **options)

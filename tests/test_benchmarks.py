@@ -14,7 +14,7 @@ accuracy = pytest.importorskip(
     "benchmarks.accuracy", reason="run from the root of the repository, with `python -m pytest`"
 )
 
-from benchmarks import accuracy_sde, peers, problems  # noqa: E402
+from benchmarks import accuracy_sde, adaptive, likelihood, peers, problems  # noqa: E402
 
 F64 = torch.float64
 SDE = accuracy.SDE
@@ -138,3 +138,30 @@ def test_calls_are_counted():
     greedy = peers.Public(lambda task, x: task.denoise(task.denoise(x, task.t[0]), task.t[0]))
     with pytest.raises(RuntimeError, match="expected at most 1 calls"):
         accuracy._theirs(greedy, grids.uniform, LAW.denoiser(SDE), torch.zeros(2, 16, dtype=F64), 1, None)
+
+
+def committed(stem, *path):
+    """Runs at tolerances near the target, from the results of a benchmark of adaptive methods."""
+    found = json.loads((accuracy.RESULTS / f"{stem}.json").read_text())
+    for key in path:
+        found = found[key]
+    return [run for run in found if 1e-5 < run["error"] < 1e-2][:3]
+
+
+def test_adaptive_results_hold(unchecked):
+    model, n = problems.problem("ring").denoiser(adaptive.SDE), adaptive.NOISES["ring"]
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    exact = solvers.adaptive_ode(1e-9, 1e-9, order=6, max_calls=10_000).solve(model, x, adaptive.ENDS).x
+    for run in committed("adaptive", "ring", "adaptive_ode(order=6)"):
+        found, mean, largest = adaptive.ours(6)(model, x, run["tolerance"])
+        assert mean <= run["mean"] * 1.001 and largest <= run["largest"]
+        assert float((found - exact).square().mean().sqrt()) <= run["error"] * 1.01
+
+
+def test_likelihood_results_hold(unchecked):
+    model, x = likelihood.subject("gaussian", 1e-3, False)
+    exact = likelihood.ours(model, x, 1e-3, 1e-9)[0]
+    for run in committed("likelihood", "calls", "gaussian, end 0.001, 32 samples", "likelihood.log_prob"):
+        value, found = likelihood.ours(model, x, 1e-3, run["tolerance"])
+        assert float(found.evaluations.double().mean()) <= run["mean"] * 1.001
+        assert float((value - exact).square().mean().sqrt()) <= run["error"] * 1.01

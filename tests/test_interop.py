@@ -75,6 +75,16 @@ def test_a_run_under_another_process_is_the_same_run():
         torch.testing.assert_close(theirs * sde.alpha(grid.t[-1]), ours, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("predicts", ["noise", "data", "velocity"])
+def test_rows_of_a_network_under_another_process(predicts: str):
+    model = Denoiser(networks.MLP(2, hidden=8, layers=1).double(), VPSDE(), predicts)
+    moved, x, t = under(model, EDM(0.01, 60.0)), randn(4, 2), torch.tensor([50.0, 2.0, 0.02], dtype=F64)
+    rows = moved.rows(t, x)
+    for k in range(3):
+        found = rows.a[k] * x + rows.b[k] * rows.evaluate(x, k)
+        torch.testing.assert_close(found, moved(x, t[k]), rtol=1e-9, atol=1e-9)
+
+
 def test_levels_that_the_model_does_not_have_are_refused(unchecked):
     model = laws.Gaussian(torch.zeros(2), 1.0).denoiser(VPSDE())  # sigma/alpha up to 152
     other = under(model, EDM(0.002, 200.0))
@@ -395,6 +405,16 @@ def test_a_table_as_a_scheduler(scheduling, tmp_path, unchecked):
         again.set_begin_index(2)
 
 
+def test_the_table_of_betas_is_taken_over(scheduling, unchecked):
+    betas = torch.linspace(2e-4, 0.04, 500).tolist()
+    like = stub("DDPMScheduler", torch.tensor(betas), trained_betas=betas, prediction_type="epsilon")
+    like.config["num_train_timesteps"] = 500
+    scheduler = diffusers.scheduler(solvers.ddim(), like)
+    assert len(scheduler) == 500 and scheduler.betas.tolist() == pytest.approx(betas)
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps[[0, -1]].tolist() == [499, 0]
+
+
 def test_a_scheduler_is_saved_by_name(scheduling, tmp_path, unchecked):
     grid = partial(grids.blend, one=grids.karras, other=partial(grids.power, exponent=3.0), weight=0.2)
     like = stub("DDPMScheduler", BETAS, prediction_type="v_prediction", beta_end=0.03)
@@ -531,6 +551,9 @@ def test_the_process_of_a_schedule():
     variance = (sde.sigma(inner + h) ** 2 - sde.sigma(inner - h) ** 2) / (2 * h)
     torch.testing.assert_close(f, slope, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(g2, variance - 2 * slope * sde.sigma(inner) ** 2, rtol=1e-6, atol=1e-6)
+    assert sde.prior_std == float(sde.sigma(1.0)) and sde.default_end == 0
+    exploding = azula.Scheduled(lambda t: (torch.ones_like(t), 0.01 * 5000**t))
+    assert exploding.prior_std == pytest.approx(50.0)
     a, std = sde.transition(0.2, 0.7)
     torch.testing.assert_close(std**2, sde.sigma(0.7) ** 2 - a**2 * sde.sigma(0.2) ** 2)
     with pytest.raises(ValueError, match=r"expected a schedule with 0 <= sigma\(0\) < sigma\(1\)"):

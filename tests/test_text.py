@@ -55,6 +55,8 @@ def test_nothing_but_grids(text: str, tmp_path, monkeypatch, unchecked):
 
 
 def test_what_is_no_text(unchecked):
+    with pytest.raises(ValueError, match=r"with plain values; found .karras"):
+        grids.parse("karras(**{'rho': 5})")
     for wrong in (None, 3, b"dpmpp", "(" * 5000, "x" * 401):
-        with pytest.raises(ValueError, match="expected a solver"):
+        with pytest.raises(ValueError, match="expected a solver as in"):
             solvers.parse(wrong)
