@@ -93,8 +93,8 @@ def board(name: str) -> Board:
         inside = problems.inside()
         turned = lambda n, seed: problems.to_inside(noise(n, seed))  # noqa: E731
         return Board(inside.denoiser(SDE), (inside.dim,), 128, 1024, 64, 60.0, 2, law.dim, turned)
-    n, batch, starts = (1024, 2**14, 3) if name == "ring" else (256, 64, 2)
-    return Board(law.denoiser(SDE), (law.dim,), n, 4096, batch, 60.0, starts, law.dim, noise)
+    n, batch = (2400, 2**14) if name == "ring" else (256, 64)
+    return Board(law.denoiser(SDE), (law.dim,), n, 4096, batch, 60.0, 2, law.dim, noise)
 
 
 class Run(NamedTuple):

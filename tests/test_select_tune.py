@@ -216,7 +216,7 @@ def point_of(slopes, residuals, parameters):
 def test_equations_are_those_of_the_loss(unchecked):
     slopes, residuals, start = normals(3, 40, 2), normals(40, 2, seed=1), normals(3, seed=2)
     here = point_of(slopes, residuals, start)
-    local = Local.of(here, slopes, 1e9)
+    local = Local.of(here, slopes, 1e9, 5.0)
     errors = here.residuals.norm(dim=1)
     assert local.width == pytest.approx(5 * errors.square().mean().sqrt().item())
     assert local.loss == pytest.approx(
@@ -234,7 +234,7 @@ def test_a_step_solves_a_linear_problem(unchecked):
     slopes, wanted = normals(3, 40, 2), normals(3, seed=2)
     residuals = -torch.einsum("p,pnd->nd", wanted, slopes) + 10 * normals(40, 2, seed=5)
     here = point_of(slopes, residuals, torch.zeros(3, dtype=F64))
-    local = Local.of(here, slopes, 1e9)._replace(width=1e9)
+    local = Local.of(here, slopes, 1e9, 5.0)._replace(width=1e9)
     step, gain = local.step(0.0)
     damped, less = local.step(1.0)
     there = local.loss_at(point_of(slopes, residuals, step))
@@ -249,7 +249,7 @@ def test_flips_hardly_count(unchecked):
     slopes = torch.ones(1, 20, 1, dtype=F64)
     residuals = 0.01 * normals(20, 1)
     residuals[0] = 5.0
-    step, _ = Local.of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3).step(0.0)
+    step, _ = Local.of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3, 5.0).step(0.0)
     rest = -residuals[1:].mean()
     assert abs(step[0] - rest) < 1e-3
     assert abs(-residuals.mean() - rest) > 0.2

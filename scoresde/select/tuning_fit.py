@@ -3,8 +3,9 @@ evaluations of the model alone, robust against samples that end elsewhere.
 
     minimise over p   mean_i c^2 log(1 + e_i(p)^2/c^2) + r |p|^2,    e_i the distance of sample i from its end
 
-(Cauchy's loss, by weights `1/(1 + e_i^2/c^2)`). c is WIDTH times the root mean square of the errors that are
-no flips: the bulk and its tail count, samples that end in another mode hardly do. Tables are judged on other
+(Cauchy's loss, by weights `1/(1 + e_i^2/c^2)`). c is 5 times the root mean square of the errors that are no
+flips, so that the bulk and its tail count, and samples that end in another mode hardly do; and from where
+that ends 20 times, for the root mean square of laws whose tail is no other mode. Tables are judged on other
 noises than they are fitted on, and the best one there is what is found.
 
 Derivatives are forward differences; between them Broyden's rank-one updates (1965, doi
@@ -26,11 +27,11 @@ from ..tableau import Tableau
 from .tuning_form import Space
 from .tuning_runs import Noises, Trace
 
-WIDTH = 5.0
+WIDTHS = (5.0, 20.0)
 RIDGE = 1e-5  # a parameter of 1 costs this share of the loss
 TRUST = 0.5  # share of the predicted gain with which an updated Jacobian is used again
 IDLE_GAIN = 1e-3
-IDLE, STALE = 5, 20  # iterations in a row that gain less, or that give no better table on the other noises
+IDLE, STALE = 5, 12  # iterations in a row that gain less, or that give no better table on the other noises
 FIRST, SMALLEST, LARGEST = 1e-2, 1e-9, 1e6  # damping
 
 
@@ -91,13 +92,25 @@ class Fit:
         """Fit from parameters 0. A better table is put into `best` at once, so that it is there whatever ends
         the fit. Returns the parameters that were best on the noises that are not fitted on, and whether there
         was time enough."""
-        here = self._at(space, torch.zeros(len(space), dtype=torch.float64))
-        kept, rank, damping, idle, stale = here.parameters, math.inf, FIRST, 0, 0
-        slopes, exact = self._slopes(space, here), True
+        kept, enough = torch.zeros(len(space), dtype=torch.float64), True
+        for width in WIDTHS:
+            kept, enough = self._from(space, kept, width, best)
+        return kept, enough
+
+    def _from(self, space: Space, kept: Tensor, width: float, best: Best) -> tuple[Tensor, bool]:
+        """The same from parameters that are kept unless others are better."""
+        started = time.perf_counter()
+        here, rank = self._at(space, kept), self._judged(space, kept).rank
+        # Slopes share half of their runs with `here`: if there is no time for them, there is none for a step.
+        enough = (time.perf_counter() - started) * len(space) / 4
+        damping, idle, stale = FIRST, 0, 0
+        slopes, exact = None, False
         while idle < IDLE and stale < STALE and damping < LARGEST:
-            if time.perf_counter() > self.until:
+            if time.perf_counter() + (enough if slopes is None else 0) > self.until:
                 return kept, False
-            local = Local.of(here, slopes, self.flip)
+            if slopes is None:
+                slopes, exact = self._slopes(space, here), True
+            local = Local.of(here, slopes, self.flip, width)
             step, promised = local.step(damping)
             try:
                 there = self._at(space, here.parameters + step)
@@ -121,7 +134,7 @@ class Fit:
             elif exact:
                 damping *= 4
                 continue
-            slopes, exact = self._slopes(space, here), True
+            slopes = None
         return kept, True
 
     def _judged(self, space: Space, parameters: Tensor) -> Errors:
@@ -152,7 +165,8 @@ def _updated(slopes: Tensor, step: Tensor, change: Tensor) -> Tensor:
 
 
 class Local(NamedTuple):
-    """The loss at a point, and its normal equations: gradient (P,) and curvature (P, P), both halved."""
+    """The loss at a point, for a width in root mean squares of its errors that are no flips, and the normal
+    equations: gradient (P,) and curvature (P, P), both halved."""
 
     width: float
     ridge: float
@@ -161,9 +175,9 @@ class Local(NamedTuple):
     curvature: Tensor
 
     @classmethod
-    def of(cls, here: Point, slopes: Tensor, flip: float) -> Local:
+    def of(cls, here: Point, slopes: Tensor, flip: float, width: float) -> Local:
         errors = here.errors
-        width = max(WIDTH * Errors.of(errors, flip).rms, torch.finfo(torch.float64).tiny)
+        width = max(width * Errors.of(errors, flip).rms, torch.finfo(torch.float64).tiny)
         ridge = RIDGE * _cauchy(errors, width)
         root = (1 / (1 + (errors / width) ** 2) / len(errors)).sqrt()[:, None]
         weighted = (slopes.double() * root).flatten(1)
