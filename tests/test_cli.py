@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ pytest.importorskip("matplotlib")
 
 from scoresde import VPSDE, checkpoint, cli, digits, grids, solvers
 from scoresde.networks import MLP
-from scoresde.select import Comparison
+from scoresde.select import Comparison, pool
 from scoresde.select.runs import How, Runner
+from scoresde.tableau import Tableau
 from scoresde.train.run import Run
 
 CHECKPOINT = Path(__file__).parents[1] / "benchmarks" / "digits.safetensors"
@@ -302,6 +304,41 @@ def test_interrupted_compare_goes_on(
     assert len(Comparison.from_json((tmp_path / "comparison.json").read_text()).rows) == 8
 
 
+def test_recommend_and_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unchecked: None
+):
+    """For data of one's own, and for a checkpoint; the table of the best one can be sampled with."""
+    few = [candidate for candidate in pool() if candidate.grid_name == "quadratic"][:4]
+    monkeypatch.setattr(sys.modules["scoresde.select.recommend"], "pool", lambda stochastic=False: few)
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(200, 2)).astype("float32"))
+    data, table = ["--data", str(tmp_path / "data.npy")], tmp_path / "new" / "table.json"
+    assert cli.main(["recommend", *data, "--calls", "5,8"]) == 0
+    printed = capsys.readouterr().out
+    assert "5 calls for samples: " in printed and "8 calls for samples: " in printed
+    assert cli.main(["recommend", str(CHECKPOINT), "--calls", "4", "--out", str(table)]) == 0
+    printed = capsys.readouterr().out
+    assert f"scoresde sample {CHECKPOINT} --solver {table}" in printed
+    best = printed.split(": ")[1].split(",")[0].partition("(")[0]
+    made = Tableau.from_json(table.read_text())
+    assert made.name.startswith(best) and len(made) == 4
+    out = ["--out", str(tmp_path / "x.npy"), "--n", "3"]
+    assert cli.main(["sample", str(CHECKPOINT), "--solver", str(table), *out]) == 0
+    assert "4 network calls" in capsys.readouterr().out
+    assert np.load(tmp_path / "x.npy").shape == (3, 1, 8, 8)
+
+
+def test_tune_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str], unchecked: None):
+    table = tmp_path / "new" / "table.json"
+    options = ["--solver", "dpmpp(2)", "--calls", "3", "--n", "4", "--seconds", "0.1"]
+    assert cli.main(["tune", str(CHECKPOINT), *options, "--out", str(table)]) == 0
+    printed = capsys.readouterr().out
+    made = Tableau.from_json(table.read_text())
+    assert len(made) == 3 and "A table of 3 network calls" in printed and "dpmpp(2)" in printed
+    out = tmp_path / "x.npy"
+    assert cli.main(["sample", str(CHECKPOINT), "--solver", str(table), "--n", "2", "--out", str(out)]) == 0
+    assert np.isfinite(np.load(out)).all()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -325,6 +362,16 @@ def test_interrupted_compare_goes_on(
         (["compare", str(CHECKPOINT), "--solvers", "dpm++"], "expected a solver"),
         (["compare", str(CHECKPOINT), "--grids", "open('hacked', 'w')"], "expected a grid"),
         (["compare", str(CHECKPOINT), "--data", "data.csv"], "an .npy file"),
+        (["recommend"], "expected data to recommend for"),
+        (["recommend", str(CHECKPOINT), "--calls", "5,8", "--out", "table.json"], "one number of calls"),
+        (
+            ["recommend", str(CHECKPOINT), "--need", "likelihood", "--out", "a.json"],
+            "a need that has solvers",
+        ),
+        (["recommend", str(CHECKPOINT), "--out", "table.txt"], "expected a .json file"),
+        (["tune", str(CHECKPOINT), "--out", "table.txt"], "expected a .json file"),
+        (["tune", str(CHECKPOINT), "--solver", "adaptive_ode"], "a solver that is a table"),
+        (["tune", str(CHECKPOINT), "--solver", "ddpm"], "deterministic"),
     ],
 )
 def test_one_clear_line(
@@ -340,8 +387,6 @@ def test_one_clear_line(
 
 
 def test_without_scikit_learn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert "scoresde[examples]" in failing(capsys, "train")
 

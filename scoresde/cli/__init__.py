@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from .choosing import compare
+from .choosing import compare, recommend, tune
 from .common import best_threads, parse_solver
 from .sampling import list_solvers, sample
 from .training import quickstart, train
@@ -21,7 +21,7 @@ __all__ = ["main", "parse_solver"]
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command with the given arguments (default: those of the process); the exit code."""
     commands: dict[str, Callable[..., None]] = {
-        **{f.__name__: f for f in (quickstart, train, sample, compare)},
+        **{f.__name__: f for f in (quickstart, train, sample, compare, recommend, tune)},
         "solvers": list_solvers,
     }
     description = "Score-based generative models around one VP-SDE. Begin with: scoresde quickstart"
