@@ -23,6 +23,7 @@ from .sampling import decode, encode, sample, slerp
 from .sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, ReverseSDE, SubVPSDE
 from .solvers import Samples
 from .tableau import Tableau
+from .variance import LearnedVariance
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "Denoiser",
     "Grid",
     "Karras",
+    "LearnedVariance",
     "LinearSDE",
     "Rectified",
     "ReverseSDE",

@@ -256,11 +256,15 @@ class Denoiser(BaseDenoiser):
             raise ValueError("expected times of finite log-SNR, found alpha or sigma = 0; use time_input='t'")
         return label
 
-    def _call(self, x: Tensor, c_in: Tensor | float, label: Tensor, /, **cond: Any) -> Tensor:
-        """F in the dtype of x, from a network of any dtype."""
+    def _output(self, x: Tensor, c_in: Tensor | float, label: Tensor, /, **cond: Any) -> Any:
+        """What a network of any dtype returns, as it is."""
         dtype = self.dtype
         time = label.to(torch.promote_types(dtype, torch.float32)).expand(len(x))
-        return checked(self.network((x * c_in).to(dtype), time, **cond), x)
+        return self.network((x * c_in).to(dtype), time, **cond)
+
+    def _call(self, x: Tensor, c_in: Tensor | float, label: Tensor, /, **cond: Any) -> Tensor:
+        """F in the dtype of x."""
+        return checked(self._output(x, c_in, label, **cond), x)
 
     def raw(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """The network's own output `F(c_in x, t)`, in the dtype of x."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .denoiser import NOISE, BaseDenoiser, Denoiser, Karras, Prediction
 from .sde import LinearSDE, like
+from .variance import LearnedVariance, step_divergence
 
 Weighting = Callable[[LinearSDE, Tensor], Tensor]
 """(sde, t) -> w(t), float64, of the shape of t."""
@@ -32,6 +33,9 @@ that any way of drawing u works.
 
 Draw = Callable[[int, torch.Generator], Tensor]
 """(n, generator) -> (n,) float64 numbers in [0, 1), each uniform."""
+
+Loss = Callable[..., Tensor]
+"""(model, x0, eps, t, weight, **conditions) -> (B,): `denoising`, or `hybrid`."""
 
 Score = Callable[[Tensor], Tensor]
 
@@ -185,6 +189,38 @@ def denoising(
     else:
         error = model(x_t, t, **cond) - x0
     return like(w.to(x0.device), x0).flatten() * _mean_square(error)
+
+
+def hybrid(
+    model: LearnedVariance,
+    x0: Float[Tensor, "b ..."],
+    eps: Float[Tensor, "b ..."],
+    t: Float[Tensor, " b"],
+    weight: Weighting = simple,
+    *,
+    n: int = 1000,
+    scale: float = 1e-3,
+    **cond: Any,
+) -> Float[Tensor, " b"]:
+    """`denoising` plus `scale n` times the mean over elements of the ELBO's KL of the step from t = i/n to
+    (i - 1)/n, for t from `chain` with the same n (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 16).
+
+    The second term trains the variance only: the prediction is detached in it. Whatever the scale, the best v
+    is that of the best variance, `Sigma = beta-tilde (1 + 2 w E[error of the noise^2 | x_t])`. The step to
+    t = 0, whose term in the bound is the decoder's, has none. One call of the network.
+    """
+    sde = model.sde
+    mean, std = sde.marginal(x0, t)
+    F, v = model.halves(mean + std * eps, t, **cond)
+    square = (F - model.target(x0, eps, t)).square()
+    to_data = unit(model.predicts, sde, t)
+    w, to_noise = weight(sde, t) / to_data, simple(sde, t) / to_data
+    s = ((t * n).round() - 1) / n
+    inner = s > 0
+    s = torch.where(inner, s, 0.5 * t)
+    term = step_divergence(sde, s, t, like(to_noise, x0) * square.detach(), v).flatten(1).mean(1)
+    plain = like(w.to(x0.device), x0).flatten() * square.flatten(1).mean(1)
+    return plain + scale * n * torch.where(inner.to(x0.device), term, 0)
 
 
 def classification(

@@ -14,9 +14,11 @@ from .. import networks
 from ..denoiser import PREDICTIONS, Denoiser, Karras, Prediction
 from ..schedules import Cosine, Learned, Linear, Schedule, Sigmoid, Tabulated
 from ..sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
+from ..variance import LearnedVariance
 from .files import CheckpointError, FilePath, Tensors
 from .tensors import check_fit, load_strictly, plain
 
+DENOISERS: dict[str, type[Denoiser]] = {c.__name__: c for c in (Denoiser, LearnedVariance)}
 SDES: dict[str, type[LinearSDE]] = {c.__name__: c for c in (VPSDE, SubVPSDE, VESDE, EDM, Rectified)}
 SCHEDULES: dict[str, type] = {c.__name__: c for c in (Linear, Cosine, Sigmoid, Tabulated, Learned)}
 
@@ -26,6 +28,7 @@ def described(model: Denoiser) -> dict[str, Any]:
     name = type(network).__name__
     ours = name in networks.__all__ and type(network) is getattr(networks, name)
     return {
+        "denoiser": "LearnedVariance" if isinstance(model, LearnedVariance) else "Denoiser",
         "network": {"class": name, "config": network.config if ours else None},
         "sde": _describe_sde(model.sde),
         "predicts": _describe_prediction(model.predicts),

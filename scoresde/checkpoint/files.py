@@ -138,7 +138,7 @@ def read_description(path: FilePath, opened: Any) -> dict[str, Any]:
     missing = ENTRIES - description.keys()
     if missing:
         raise CheckpointError(f"{path}: expected a complete description, found none of {sorted(missing)}")
-    return description
+    return {"denoiser": "Denoiser", **description}  # which files from before there were others do not say
 
 
 def _check_signature(path: FilePath, file: BinaryIO) -> None:

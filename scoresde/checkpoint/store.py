@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..denoiser import Denoiser
-from .description import described, rebuilding, rebuilt_network, rebuilt_prediction, rebuilt_sde
+from .description import DENOISERS, described, rebuilding, rebuilt_network, rebuilt_prediction, rebuilt_sde
 from .files import (
     VERSION,
     CheckpointError,
@@ -111,7 +111,8 @@ def load(
         network = rebuilt_network(path, description, group(tensors, kind)) if network is None else network
         sde = rebuilt_sde(path, description["sde"], group(tensors, "schedule"))
         predicts = rebuilt_prediction(description["predicts"])
-        model = Denoiser(network, sde, predicts, time_input=description["time_input"])
+        make = DENOISERS[description["denoiser"]]
+        model = make(network, sde, predicts, time_input=description["time_input"])
     load_strictly(path, plain(network), group(tensors, kind))
     if isinstance(getattr(sde, "schedule", None), nn.Module):
         sde.schedule.to(device)  # pyright: ignore[reportAttributeAccessIssue]
@@ -119,8 +120,8 @@ def load(
 
 
 def describe(path: FilePath) -> dict[str, Any]:
-    """The description in the file: network, sde, predicts, time_input, dtype, ema, training, metadata. Raises
-    like `load`.
+    """The description in the file: denoiser, network, sde, predicts, time_input, dtype, ema, training,
+    metadata. Raises like `load`.
     """
     with reading(path) as opened:
         return read_description(path, opened)

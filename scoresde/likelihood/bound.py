@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ..sampling import make_grid
 from ..schedules import Time, wide
 from ..sde import LinearSDE, like
 from ..solvers.base import evaluating
+from ..variance import step_divergence, with_variance
 from .density import bits_per_dim
 
 ELBO_ROWS = 2**61  # of the noise: no sampler reaches them
@@ -188,6 +190,20 @@ def step_term(
     return like(w * r, at).flatten() * error + like(spread, at).flatten()
 
 
+def learned_step_term(
+    model: BaseDenoiser, x: Float[Tensor, "b ..."], eps: Float[Tensor, "b ..."], s: Time, t: Time, **cond: Any
+) -> Float[Tensor, " b"]:
+    """`step_term` with the variance that the model states, a `LearnedVariance`, of every element (Nichol and
+    Dhariwal 2021, arXiv:2102.09672, eq. 15). One call. Raises TypeError for other models.
+    """
+    inner, given = with_variance(model)
+    x, eps = x.double(), eps.double()
+    mean, std = inner.sde.marginal(x, t)
+    D, v = inner.data_and_share(mean + std * eps, t, **{**given, **cond})
+    ratio = like(inner.sde.alpha(t) / inner.sde.sigma(t), x)  # alpha (x - D) = sigma (noise - eps)
+    return step_divergence(inner.sde, s, t, (ratio * (x - D)).square(), v).flatten(1).sum(1)
+
+
 def noise_error(
     model: BaseDenoiser, x: Float[Tensor, "b ..."], eps: Float[Tensor, "b ..."], t: Time, **cond: Any
 ) -> Float[Tensor, " b"]:
@@ -245,7 +261,7 @@ def elbo(
     *,
     grid: Grid | Tensor | None = None,
     end: float | None = None,
-    variance: Variance = posterior_variance,
+    variance: Variance | None = posterior_variance,
     proposal: Proposal = by_log_snr,
     draws: int = 32,
     seed: int = 0,
@@ -256,8 +272,9 @@ def elbo(
 
     decoder           `GaussianDecoder()`, `DiscreteDecoder(step, low, high)`, or any function like them
     grid, variance    the bound of the chain through these times, a Grid or decreasing times from t_max to the
-                      end, with this variance of a step: one call for each of them. For a DDPM,
-                      `grid=chain.times.flip(0)` with `chain.sde()` as the model's process
+                      end, with this variance of a step (None: the one that the model states, see
+                      `LearnedVariance`): one call for each of them. For a DDPM, `grid=chain.times.flip(0)`
+                      with `chain.sde()` as the model's process
     end               without a grid, of the continuous bound, `sde.default_end` unless given
     proposal, draws   how it draws t: `draws` times a sample, one in each of as many equal parts of [0, 1)
     seed, ids         sample i is a function of (seed, ids[i]) only; ids default to 0..B-1
@@ -314,12 +331,17 @@ def _decode(
 
 
 def _discrete(
-    model: BaseDenoiser, x: Tensor, noise: Noise, nodes: Tensor, variance: Variance, cond: dict[str, Any]
+    model: BaseDenoiser,
+    x: Tensor,
+    noise: Noise,
+    nodes: Tensor,
+    variance: Variance | None,
+    cond: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """(B, K) terms of the K steps between the nodes, and their times."""
+    term = learned_step_term if variance is None else partial(step_term, variance=variance)
     terms = [
-        step_term(model, x, noise(k, x.shape), s, t, variance, **cond)
-        for k, (t, s) in enumerate(itertools.pairwise(nodes))
+        term(model, x, noise(k, x.shape), s, t, **cond) for k, (t, s) in enumerate(itertools.pairwise(nodes))
     ]
     return torch.stack(terms, 1), nodes[:-1].expand(len(x), -1)
 

@@ -7,6 +7,7 @@ from .catalogue import card, examples, parse
 from .exponential import adams, deis, dpm, dpmpp, er_sde, exponential, sa, sde_dpmpp, seeds, unipc
 from .external import scipy_ode, torchsde_solver
 from .langevin import annealed_langevin, langevin, mala, predictor_corrector
+from .learned import ddpm_learned
 from .onestep import ddim, ddpm, euler_maruyama, from_tableau, reverse_diffusion
 from .reversible import reversible
 from .singlestep import dpm_fast, edm, heun, midpoint, restart
@@ -23,6 +24,7 @@ __all__ = [
     "card",
     "ddim",
     "ddpm",
+    "ddpm_learned",
     "deis",
     "dpm",
     "dpm_fast",

@@ -19,6 +19,7 @@ def fit(
     *,
     steps: int,
     batch_size: int = 128,
+    loss: losses.Loss = losses.denoising,
     weight: losses.Weighting = losses.simple,
     times: losses.Times = losses.uniform,
     draw: losses.Draw = losses.stratified,
@@ -37,7 +38,8 @@ def fit(
                 map-style dataset of such items. Tensors are moved to the model's device whole. Every epoch is
                 a new random order
     steps, batch_size      in all, over all devices
-    weight, times, draw    of the loss, see `losses`
+    loss, weight, times, draw  see `losses`; with `loss=losses.hybrid` and `times=losses.chain` a
+                `LearnedVariance` is trained
     precision   "bf16" or "fp16": mixed precision, by accelerate
     path        where to save: every `save_every` steps, at the end, at `close()`, and on Ctrl-C, which ends
                 the step first and is then raised as KeyboardInterrupt. `checkpoint.load(path)` gives the
@@ -60,7 +62,7 @@ def fit(
         raise TypeError(f"model: expected a Denoiser, as in Denoiser(network, sde); found {type(model)}")
     chosen = Settings(steps, batch_size, **settings)
     output = Output(path, save_every, log, progress)
-    parts = Objective(model, weight), times, draw
+    parts = Objective(model, loss, weight), times, draw
     run = Run(model, data, chosen, parts, accelerator(model, model.device, precision), output)
     if resume is not None:
         run.restore(resume)

@@ -338,12 +338,12 @@ class Objective(nn.Module):
     pass.
     """
 
-    def __init__(self, model: Denoiser, weight: losses.Weighting) -> None:
+    def __init__(self, model: Denoiser, loss: losses.Loss, weight: losses.Weighting) -> None:
         super().__init__()
-        self.model, self.weight = model, weight
+        self.model, self.loss, self.weight = model, loss, weight
 
     def forward(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return losses.denoising(self.model, x0, eps, t, self.weight, **cond)
+        return self.loss(self.model, x0, eps, t, self.weight, **cond)
 
 
 def _placed(value: Tensor, p: Tensor) -> Tensor:
