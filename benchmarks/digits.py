@@ -102,6 +102,11 @@ def public(listed: dict[str, peers.Public], stochastic: bool) -> dict[str, Publi
     }
 
 
+def ours() -> dict[str, Solver]:
+    """What `compare` runs by default, by name."""
+    return {solver_name(solver): solver for solver in usual()}
+
+
 def distances(
     model: Denoiser, n: int, calls: tuple[int, ...], seed: int, folder: Path, others: dict[str, PublicSolver]
 ) -> list[Comparison]:
@@ -185,7 +190,7 @@ def qualities(model: Denoiser, found: list[Comparison], n: int, seed: int) -> di
         for name, (solver, grid) in listed.items()
     }
     named = {
-        "best distance of scoresde": {solver_name(solver): solver for solver in usual()},
+        "best distance of scoresde": ours(),
         "best distance of public code": public(peers.ODE, False),
     }
     for (title, known), part in zip(named.items(), found, strict=False):

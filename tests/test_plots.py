@@ -135,6 +135,13 @@ def test_fronts_show_error_and_cost():
     assert "b" not in lines(plots.fronts(comparison(0.5, 0.2), named=1).axes[0])
 
 
+def test_each_picture_has_its_own_front():
+    table = comparison(0.5, 0.2)
+    quick = Row("c", "g", 20, 20, 0.05, None, 0.4, 0.4, 0.4)
+    figure = plots.fronts(replace(table, rows=(*table.rows, quick)))
+    assert [lines(ax)["front"] for ax in figure.axes] == [[(5, 0.5), (6, 0.05)], [(0.05, 0.4), (0.2, 0.05)]]
+
+
 def test_errors_without_a_logarithm_are_at_the_edge():
     figure = plots.fronts(comparison(0.5, -0.2, math.inf, floor=0.1))
     assert lines(figure.axes[0])["a"] == [(5, 0.5), (10, 0.05)]

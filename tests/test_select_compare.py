@@ -280,6 +280,7 @@ def test_a_failing_run_does_not_end_it():
         ({"solvers": []}, ValueError, "at least one solver"),
         ({"solvers": [solvers.ddim]}, TypeError, "expected solvers, Candidates or Tableaus"),
         ({"solvers": [solvers.ddpm()]}, ValueError, "deterministic solvers, found ddpm"),
+        ({"solvers": [solvers.ddim(), solvers.ddim()]}, ValueError, r"found ddim\(\) twice; give a mapping"),
         ({"end": 2.0}, ValueError, "expected an end"),
         (
             {"solvers": solvers.ddim().tableau(SDE, grids.uniform(SDE, 5, 0.5))},

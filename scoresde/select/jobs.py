@@ -32,21 +32,28 @@ class Job(NamedTuple):
 
 
 def named(entries: Entry | Iterable[Entry] | Mapping[str, Entry]) -> dict[str, Entry]:
-    named: dict[str, Entry]
+    """Entries by name. Raises TypeError for what is none, ValueError for none, or two of one name."""
+    found: dict[str, Entry]
     if isinstance(entries, Mapping):
-        named = {str(name): entry for name, entry in entries.items()}
+        found = {str(name): entry for name, entry in entries.items()}
     elif isinstance(entries, Candidate | Tableau | Solver):
-        named = {_name(entries): entries}
+        found = {_name(entries): entries}
     else:
-        named = {_name(entry): entry for entry in entries}
-    for name, entry in named.items():
+        found = {}
+        for entry in entries:
+            if found.setdefault(_name(entry), entry) is not entry:
+                raise ValueError(
+                    f"expected solvers with different names, found {_name(entry)} twice; give a mapping from "
+                    "names to solvers"
+                )
+    for name, entry in found.items():
         if isinstance(entry, type) or not isinstance(entry, Candidate | Tableau | Solver):
             raise TypeError(
                 f"expected solvers, Candidates or Tableaus, such as solvers.dpmpp(2), found {name}: {entry!r}"
             )
-    if not named:
+    if not found:
         raise ValueError("expected at least one solver, found none")
-    return named
+    return found
 
 
 def _name(entry: Any) -> str:
