@@ -50,12 +50,14 @@ STARTS = [
     solvers.exponential(4, stored="flow", variable="sigma"),
 ]
 PICTURED = 6  # calls
+FIRST = 64  # noises held out, that a test runs committed tables on
+HELD_OUT = 20  # seed
 
 
 class Board(NamedTuple):
-    """A problem: its model, the shape of a sample, how many noises to tune with and to hold out, how many
-    samples its model takes at once, time and starts for tuning, the dimension that errors are counted by, and
-    noises."""
+    """A problem: its model, the shape of a sample, how many noises to tune 5 calls with (less for more calls)
+    and to hold out, how many samples its model takes at once, time and starts for tuning, the dimension that
+    errors are counted by, and noises."""
 
     model: BaseDenoiser
     shape: tuple[int, ...]
@@ -86,14 +88,14 @@ def board(name: str) -> Board:
         model, shape = checkpoint.load(PATH).eval(), digits.SHAPE
         noise = partial(_normal, shape, torch.float32)
         label = lambda n: {"label": digits.labels(n)}  # noqa: E731
-        return Board(model, shape, 80, 512, 80, 240.0, 1, 64, noise, label)
+        return Board(model, shape, 96, 512, 96, 240.0, 1, 64, noise, label)
     law = problems.problem(name)
     noise = partial(_normal, (law.dim,), torch.float64)
     if name == "subspace":
         inside = problems.inside()
         turned = lambda n, seed: problems.to_inside(noise(n, seed))  # noqa: E731
-        return Board(inside.denoiser(SDE), (inside.dim,), 128, 1024, 64, 60.0, 2, law.dim, turned)
-    n, batch = (2400, 2**14) if name == "ring" else (256, 64)
+        return Board(inside.denoiser(SDE), (inside.dim,), 240, 1024, 64, 60.0, 2, law.dim, turned)
+    n, batch = (2400, 2**14) if name == "ring" else (400, 64)
     return Board(law.denoiser(SDE), (law.dim,), n, 4096, batch, 60.0, 2, law.dim, noise)
 
 
@@ -145,24 +147,24 @@ def chosen_here(board: Board, calls: int, x: Tensor, few: int, more: int) -> Ite
 
     def rank(table: Any, n: int) -> float:
         return accuracy.score(
-            _ends(board, table, choose[:n]).flatten(1), wanted[:n].flatten(1), board.dim
+            ends_of(board, table, choose[:n]).flatten(1), wanted[:n].flatten(1), board.dim
         ).rank()
 
     for candidate, table in listed:
         ranks[candidate] = rank(table, few), table
     short = sorted(ranks, key=lambda c: ranks[c][0])[:16]
     best = min(short, key=lambda c: rank(ranks[c][1], more))
-    yield Run(best.name, _ends(board, ranks[best][1], x), ranks[best][1])
+    yield Run(best.name, ends_of(board, ranks[best][1], x), ranks[best][1])
 
 
-def _ends(board: Board, table: Any, x: Tensor) -> Tensor:
+def ends_of(board: Board, table: Any, x: Tensor) -> Tensor:
     solver = solvers.from_tableau(table)
     return in_blocks(board, x, lambda model, part: solver.solve(model, part, table.times[[0, -1]]).x)
 
 
 def tuned(name: str, board: Board, calls: int, quick: bool, slack: float) -> tuple[Tuned, float]:
     """The tuned table, and the seconds of the processor that it took."""
-    n = board.n // 4 if quick else board.n
+    n = board.n * 5 // calls // (4 if quick else 1)
     seconds = (0.1 if quick else 1.0) * board.seconds * slack
     before = time.process_time()
     found = tune(
@@ -185,15 +187,15 @@ def tuned(name: str, board: Board, calls: int, quick: bool, slack: float) -> tup
 
 def measure(name: str, board: Board, calls: int, quick: bool, slack: float) -> dict[str, Any]:
     """A row of results."""
-    x = board.noise(board.held_out // 8 if quick else board.held_out, 20)
+    x = board.noise(board.held_out // 8 if quick else board.held_out, HELD_OUT)
     wanted = reference(board, x)
     if name == "digits":
         fixed = list(chosen_here(board, calls, x, 8, 16 if quick else 128))
     else:
         fixed = list(boards_choices(name, board, calls, x))
     found, seconds = tuned(name, board, calls, quick, slack)
-    runs = [*fixed, Run("tuned", _ends(board, found.table, x), found.table)]
-    scores = [accuracy.score(run.ends.flatten(1), wanted.flatten(1), board.dim) for run in runs]
+    runs = [*fixed, Run("tuned", ends_of(board, found.table, x), found.table)]
+    scores = [scored(board, run.ends, wanted) for run in runs]
     best = min(range(len(fixed)), key=lambda k: scores[k].rank())
     distances = [((run.ends - wanted).flatten(1).square().sum(1) / board.dim).sqrt() for run in runs]
     row = {
@@ -201,6 +203,7 @@ def measure(name: str, board: Board, calls: int, quick: bool, slack: float) -> d
         "calls": calls,
         "untuned": {"name": runs[best].name, **scores[best]._asdict(), "table": _json(runs[best].table)},
         "tuned": {"from": found.report.start, **scores[-1]._asdict(), "table": _json(found.table)},
+        "first": scored(board, runs[-1].ends[:FIRST], wanted[:FIRST]).error,
         "ratio": scores[best].error / scores[-1].error,
         "goal": GOAL[name],
         "more_flips": more_flips(distances[best], distances[-1], FLIP),
@@ -214,6 +217,10 @@ def measure(name: str, board: Board, calls: int, quick: bool, slack: float) -> d
     }
     print(line(row), flush=True)
     return row
+
+
+def scored(board: Board, ends: Tensor, wanted: Tensor) -> accuracy.Score:
+    return accuracy.score(ends.flatten(1), wanted.flatten(1), board.dim)
 
 
 def _json(table: Tableau | None) -> Any:
@@ -268,10 +275,10 @@ def report(rows: list[dict[str, Any]], out: Path) -> None:
 def sampled(row: dict[str, Any]) -> list[Tensor]:
     """From the same noises: the solution, and the ends of the untuned and of the tuned table."""
     here = board(row["problem"])
-    x = here.noise(2000 if row["problem"] == "ring" else 40, 20)
+    x = here.noise(2000 if row["problem"] == "ring" else 40, HELD_OUT)
     kept = [row[which]["table"] for which in ("untuned", "tuned")]
     tables = [Tableau.from_json(json.dumps(table)) for table in kept if table is not None]
-    return [reference(here, x), *(_ends(here, table, x) for table in tables)]
+    return [reference(here, x), *(ends_of(here, table, x) for table in tables)]
 
 
 def picture(samples: dict[str, list[Tensor]], path: Path) -> None:

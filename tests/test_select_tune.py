@@ -509,6 +509,12 @@ def test_what_does_not_fit_is_said_before_any_call(change, error, says, unchecke
         tune(given.pop("model"), given.pop("solver"), given.pop("calls"), **given)
 
 
-def test_only_gaussians_are_exact(unchecked):
-    with pytest.raises(TypeError, match=r"expected a laws\.Gaussian"):
-        tune_for(SDE, RING, solvers.dpmpp(2), 4)
+def test_other_laws_are_sampled(unchecked):
+    found = tune_for(SDE, RING, solvers.dpmpp(2), 2, 60.0, grids={"uniform": grids.uniform}, starts=1)
+    assert found.report.n == 512
+    assert found.report.tuned.rms < found.report.untuned.rms
+
+
+def test_only_laws_are_known(unchecked):
+    with pytest.raises(TypeError, match="expected a law of the data"):
+        tune_for(SDE, RING.denoiser(SDE), solvers.dpmpp(2), 4)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import BaseDenoiser
-from ..laws import Gaussian
+from ..laws import Gaussian, Law
 from ..noise import Noise
 from ..sampling import GridFunction, default_grid
 from ..sde import LinearSDE
@@ -235,7 +235,7 @@ def tune(
 
 def tune_for(
     sde: LinearSDE,
-    law: Gaussian,
+    law: Law,
     solver: TableSolver | Iterable[TableSolver],
     calls: int,
     seconds: float = 10.0,
@@ -246,16 +246,20 @@ def tune_for(
     starts: int = 3,
     progress: bool = False,
 ) -> Tuned:
-    """As `tune`, but without a model: for the exact law of the output on Gaussian data, from the sde's prior.
+    """As `tune`, but without a network: for data of a known law, such as that of `mixture_surrogate(batch)`.
 
-    Every direction of the covariance is then a scalar affine map. So the root mean square distance to the
-    probability flow over *all* noises, which is also the 2-Wasserstein distance of the output's law to the
-    flow's (over the root of the dimension), is that over two noises: +1 and -1 in all directions. For a law
-    of several modes, `tune(law.denoiser(sde), ...)` needs no network either.
+    On a Gaussian errors are exact. Every direction of the covariance is a scalar affine map; so the root mean
+    square distance to the probability flow over *all* noises, which is also the 2-Wasserstein distance of the
+    output's law to the flow's (over the root of the dimension), is that over two noises: +1 and -1 in all
+    directions. For another law this is `tune` on its exact denoiser, with 512 noises.
     """
     started = time.perf_counter()
+    if not isinstance(law, Law):
+        raise TypeError(f"expected a law of the data, such as laws.Gaussian, found {law!r}")
     if not isinstance(law, Gaussian):
-        raise TypeError(f"expected a laws.Gaussian, whose output law is known, found {law!r}")
+        model, shape = law.denoiser(sde), law.event_shape
+        options = {"end": end, "grids": grids, "starts": starts, "progress": progress}
+        return tune(model, solver, calls, seconds, what, shape=shape, n=512, **options)
     task = Task.of(sde, solver, calls, what, seconds, end, grids, starts)
     inside = _in_eigenbasis(law)
     times = torch.tensor([sde.t_max, sde.default_end if end is None else end], dtype=torch.float64)

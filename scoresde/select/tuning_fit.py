@@ -181,9 +181,10 @@ class Local(NamedTuple):
         ridge = RIDGE * _cauchy(errors, width)
         root = (1 / (1 + (errors / width) ** 2) / len(errors)).sqrt()[:, None]
         weighted = (slopes.double() * root).flatten(1)
-        gradient = weighted @ (here.residuals.double() * root).flatten() + ridge * here.parameters
-        curvature = weighted @ weighted.T + ridge * torch.eye(len(gradient), dtype=torch.float64)
-        made = cls(width, ridge, 0.0, gradient.cpu(), curvature.cpu())
+        sums = (weighted @ (here.residuals.double() * root).flatten()).cpu(), (weighted @ weighted.T).cpu()
+        gradient = sums[0] + ridge * here.parameters
+        curvature = sums[1] + ridge * torch.eye(len(gradient), dtype=torch.float64)
+        made = cls(width, ridge, 0.0, gradient, curvature)
         return made._replace(loss=made.loss_at(here))
 
     def loss_at(self, point: Point) -> float:
