@@ -57,10 +57,10 @@ def _made(node: ast.AST, kind: Kind, wrong: ValueError) -> Any:
     if name not in kind.makers:
         known = ", ".join(sorted(kind.makers))
         raise ValueError(f"expected a {kind.word} from {known}; found {name!r}.{kind.see}")
-    values = [_value(value, kind, wrong) for value in node.args]
-    options = {keyword.arg: _value(keyword.value, kind, wrong) for keyword in node.keywords}
-    if None in options:  # **{...}
+    if any(keyword.arg is None for keyword in node.keywords):  # **{...}
         raise wrong
+    values = [_value(value, kind, wrong) for value in node.args]
+    options = {str(keyword.arg): _value(keyword.value, kind, wrong) for keyword in node.keywords}
     maker = kind.makers[name]
     try:
         return maker(*values, **options)
