@@ -1,6 +1,6 @@
 """The short version of every benchmark, and one report of them that a person can read.
 
-    python -m benchmarks [--out outputs/benchmarks] [--only accuracy overhead ...] [--limit 600]
+    python -m benchmarks [--out outputs/benchmarks] [--only accuracy overhead ...] [--limit 900]
 
 Each runs in a process of its own, one after the other, about ten minutes in all. Writes report.md and the
 pictures that it shows to the folder, and what each benchmark writes to a folder inside. One that fails, or
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [part.title for part in PARTS]
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"), help="folder of report.md")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=str(names))
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for each benchmark")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for each benchmark")
     options = parser.parse_args(arguments)
     chosen = [part for part in PARTS if part.title in options.only]
     options.out.mkdir(parents=True, exist_ok=True)
