@@ -14,7 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from scoresde import VPSDE, Denoiser, checkpoint, digits, grids, metrics, sample, solvers
+from scoresde import (
+    EDM,
+    VESDE,
+    VPSDE,
+    Denoiser,
+    Rectified,
+    SubVPSDE,
+    checkpoint,
+    digits,
+    grids,
+    metrics,
+    sample,
+    solvers,
+)
 from scoresde.laws import Gaussian, Mixture
 from scoresde.networks import MLP
 from scoresde.noise import Noise
@@ -108,6 +121,17 @@ def test_the_reference_knows_its_error(unchecked):
     assert bad.about.reference_error > 10 * found.about.reference_error
     poor = run([solvers.dpmpp(3)], SOME, (60,), reference=solvers.ddim())
     assert "runs are within" in str(poor) and "the reference's own error" in str(poor)
+
+
+@pytest.mark.parametrize(
+    "sde", [VPSDE(), SubVPSDE(), VESDE(), EDM(), Rectified()], ids=lambda sde: type(sde).__name__
+)
+@pytest.mark.parametrize("end", [None, 0.0])
+def test_every_process_has_a_reference(sde, end, unchecked):
+    model = Gaussian([0.5, -0.5], 0.25).denoiser(sde)
+    found = compare(model, [solvers.dpmpp(2)], SOME, (10,), shape=(2,), n=16, end=end)
+    assert len(found.rows) == 2 and found.about.reference_error < 1e-3
+    assert min(row.error for row in found.rows) < 0.3
 
 
 def test_flips_are_left_out_and_count():
@@ -460,6 +484,9 @@ def test_the_table_prints(capsys):
     assert "solver4" in lines[6] and "19 of 20" in lines[7] and "calls" in lines[7]
     assert "Left out (why not): x on g with 5 calls" in str(table)
     assert len(table.table().splitlines()) == 2 + 9
+    assert "Non-dominated in calls: 5 calls: solver0 on g (0.1); 19 calls: late on g (0.01)" in str(table)
+    lost = Comparison((replace(rows[0], flips=0.125),), about())
+    assert "5 calls: solver0 on g (0.1, 12.5 % flips)" in str(lost)
     assert "flips" not in Comparison((replace(rows[0], flips=None),), about()).table()
 
 

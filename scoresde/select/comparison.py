@@ -176,7 +176,11 @@ class Comparison:
         return "\n".join([*head, "", self.table(top=5), "", *self._notes()])
 
     def _notes(self) -> list[str]:
-        names = [f"{row.calls} calls: {row.name} ({row.error:.2g})" for row in self.front()]
+        names = [
+            f"{row.calls} calls: {row.name} ({row.error:.2g}"
+            + (f", {_percent(row.flips)} flips)" if row.flips else ")")
+            for row in self.front()
+        ]
         lines = ["Non-dominated in calls: " + "; ".join(names)] if names else []
         if blurred := sum(row.rank <= self.about.resolution for row in self.rows):
             what = "the reference's own error" if self.about.floor is None else "what true samples reach"
