@@ -510,7 +510,7 @@ def test_what_does_not_fit_is_said_before_any_call(change, error, says, unchecke
 
 
 def test_other_laws_are_sampled(unchecked):
-    found = tune_for(SDE, RING, solvers.dpmpp(2), 2, 60.0, grids={"uniform": grids.uniform}, starts=1)
+    found = tune_for(SDE, RING, solvers.dpmpp(2), 3, 60.0, grids={"quadratic": grids.quadratic}, starts=1)
     assert found.report.n == 512
     assert found.report.tuned.rms < found.report.untuned.rms
 
