@@ -140,7 +140,8 @@ def run(part: Part, out: Path, limit: float) -> Outcome:
 def text(outcome: Outcome) -> str:
     """What a section says: the Markdown that the part wrote, or else printed; of a failure the last lines."""
     if outcome.verdict.startswith("failed"):
-        return "```\n" + "\n".join(outcome.printed.splitlines()[-25:]) + "\n```"
+        last = "\n".join(outcome.printed.splitlines()[-25:])
+        return f"```\n{last or '(nothing was printed)'}\n```"
     written = outcome.folder / f"{outcome.part.title}.md"
     found = written.read_text(encoding="utf-8") if written.exists() else tables(outcome.printed)
     # Sections of the report are headed ##.
