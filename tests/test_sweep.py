@@ -103,6 +103,19 @@ def test_failures_are_seen(solver: Any, what: str) -> None:
         assert report.failures == [], report.failures[0]
 
 
+def test_a_limit_counts_by_itself_in_bfloat16_only() -> None:
+    """A tolerance below the network's rounding cannot be met; the result says so."""
+    limited = Planted(lambda drawn, *rest: replace(drawn, status=sweep.LIMIT))
+    wrong = Planted(lambda drawn, *rest: replace(drawn, status=sweep.LIMIT, network_calls=3))
+    for solver, dtype, outcome in (
+        (limited, "bfloat16", "at limit"),
+        (limited, "float32", "failed"),
+        (wrong, "bfloat16", "failed"),
+    ):
+        setting = Setting("planted", "linear", "Karras", None, 4, "noise", dtype)
+        assert sweep.sweep([setting], {"planted": solver}).counts == {outcome: 1}
+
+
 def test_refusals_and_runs_are_told_apart() -> None:
     settings = [
         Setting("ddim", "linear", "ddpm trailing", None, 4),
