@@ -1,16 +1,17 @@
 """How well `select.recommend` predicts, from a batch of data, which solver and grid are best.
 
-    python -m benchmarks.recommend [--seed S] [--mixtures N] [--calls 5 10 ...] [--out FOLDER]
+    python -m benchmarks.recommend [--needs samples diversity] [--seed S] [--mixtures N] [--calls 5 10 ...]
 
 VP(0.1, 20), t from 1 to 1e-3. Mixtures of 2 to 64 dimensions are drawn at random: 2 to 16 modes of unequal
 weight, each with its own rotated covariance; spreads and widths vary. `recommend` sees 2048 samples of one,
 not the law. Then every candidate is run on the mixture itself from other noises, and has as its true error
 
-samples    the median distance from the exact solution over 32 noises: all of `pool()`
+samples    the median distance from the exact solution over 32 noises: one in 5 of `pool()`, with all
+           solvers and all grids
 diversity  the sliced 2-Wasserstein distance of 2048 samples from the law: one in 13 of
-           `pool(stochastic=True)`, on the mixtures of up to 8 dimensions. Errors below what true samples have
-           cannot be told apart, so the same is done on a second set of noises: the correlation between the
-           two is what a perfect prediction would be found to have
+           `pool(stochastic=True)`, on the mixtures of up to 8 dimensions, up to 20 calls. Errors below what
+           true samples have cannot be told apart, so the same is done on a second set of noises: the
+           correlation between the two is what a perfect prediction would be found to have
 
 For every mixture and number of calls: Spearman's correlation of predicted and true errors over all
 candidates, and the true error of the recommended one over the least (of what exceeds the floor in the square,
@@ -43,7 +44,8 @@ from .accuracy_sde import Sliced
 SDE = VPSDE()
 SEED, MIXTURES, CALLS = 20261125, 30, (5, 10, 20, 50)
 DATA, NOISES, SAMPLES = 2048, 32, 2048
-STRIDE, SMALL = 13, 8  # of the stochastic half: one candidate in so many, up to so many dimensions
+STRIDES = {"samples": 5, "diversity": 13}  # one candidate in so many
+SMALL, SHORT = 8, 20  # the most dimensions and calls of the stochastic half
 PART = 2**19  # numbers of a batch of states
 RESULTS = Path(__file__).parent / "results"
 FIXED = (  # what else one might do: popular choices, and the best single one of benchmarks.accuracy
@@ -147,7 +149,9 @@ def outcome(predicted: list[float], order_by: list[float], true: list[float]) ->
 SURROGATES = {"mixture": mixture_surrogate, "gaussian": gaussian_surrogate}
 
 
-def one(seed: int, number: int, dim: int, calls: Sequence[int]) -> Iterator[dict[str, Any]]:
+def one(
+    seed: int, number: int, dim: int, calls: Sequence[int], needs: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """A row for every need and number of calls."""
     generator = torch.Generator().manual_seed(seed + number)
     law = random_mixture(generator, dim)
@@ -161,9 +165,9 @@ def one(seed: int, number: int, dim: int, calls: Sequence[int]) -> Iterator[dict
         "modes": len(law.means),
         "fitted": len(fitted["mixture"].law.means),
     }
-    for need in ("samples", "diversity")[: 2 if dim <= SMALL else 1]:
-        offered = pool() if need == "samples" else pool(stochastic=True)[::STRIDE]
-        for n in calls:
+    for need in [need for need in needs if need == "samples" or dim <= SMALL]:
+        offered = pool(stochastic=need == "diversity")[:: STRIDES[need]]
+        for n in [n for n in calls if need == "samples" or n <= SHORT]:
             found = {name: recommend(SDE, s, n, need, candidates=offered) for name, s in fitted.items()}
             listed = [r.candidate for r in found["mixture"].ranking]
             tables = [c.table(SDE, n) for c in listed]
@@ -225,9 +229,9 @@ def report(result: dict[str, Any]) -> str:
                     f"{quantile(known, 0.9):.2f} at 90 %."
                 )
         lines += [""]
-    samples = [row for row in rows if row["need"] == "samples"]
+    samples = [row for row in rows if row["need"] == "samples"] or rows
     worst = sorted(samples, key=lambda row: -row["mixture"]["ratio"])[:5]
-    lines += ["Worst choices (samples):", ""]
+    lines += ["Worst choices:", ""]
     lines += [
         f"- {row['dim']} dimensions, {row['modes']} modes, {row['calls']} calls: "
         f"{row['mixture']['ratio']:.2f} times; {row['chosen']} for {row['best']}"
@@ -277,6 +281,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--needs", nargs="+", default=list(STRIDES), choices=list(STRIDES))
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--mixtures", type=int, default=MIXTURES)
     parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
@@ -284,10 +289,15 @@ def main() -> None:
     args = parser.parse_args()
     started, rows = time.process_time(), []
     for number, dim in enumerate(dimensions(args.mixtures)):
-        for row in one(args.seed, number, dim, args.calls):
+        for row in one(args.seed, number, dim, args.calls, args.needs):
             rows.append(row)
             told = [f"{name} {row[name]['spearman']:.3f} {row[name]['ratio']:.2f}" for name in SURROGATES]
             print(number, dim, row["modes"], row["fitted"], row["need"], row["calls"], *told, flush=True)
+    file = args.out / "recommend.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if before.get("seed") == args.seed:  # the other half
+        rows = [row for row in before["rows"] if row["need"] not in args.needs] + rows
+        rows.sort(key=lambda row: list(STRIDES).index(row["need"]))
     result = {"seed": args.seed, "cpu_seconds": time.process_time() - started, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "recommend.json").write_text(

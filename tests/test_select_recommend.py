@@ -20,6 +20,7 @@ from scoresde.select import (
     pool,
     recommend,
 )
+from scoresde.select.surrogate import _maximised
 from scoresde.select.tables import maps, run_stack, stack
 from scoresde.solvers.base import Card, TableSolver
 from scoresde.tableau import Tableau
@@ -79,6 +80,14 @@ def test_maps_are_the_exact_laws_of_the_tables():
         assert torch.allclose(found.constant[i] * mean, law.mean, rtol=1e-9, atol=1e-11)
         variance = found.slope[i] ** 2 + found.spread[i] ** 2
         assert torch.allclose(variance, law.variance, rtol=1e-9, atol=1e-11)
+
+
+def test_shorter_tables_do_not_look_at_an_end_without_noise():
+    tables = [Candidate(s, grids.quadratic, "").table(SDE, 5, 0.0) for s in (solvers.heun(), solvers.ddim())]
+    assert sorted(map(len, tables)) == [3, 5]
+    found = maps(stack(tables), SDE, torch.zeros(1, dtype=torch.float64))
+    assert found.slope.abs().max() < 1e-12
+    assert torch.allclose(found.constant, torch.ones(2, 1, dtype=torch.float64))
 
 
 def test_a_stack_runs_like_its_tables():
@@ -198,7 +207,7 @@ def test_the_ranking_is_that_of_the_true_law():
 
 def test_stochastic_solvers_on_a_mixture():
     law = blobs()
-    true = recommend(SDE, law, 6, "diversity", candidates=FEW_SDE, noises=512, seed=1)
+    true = recommend(SDE, law, 6, "diversity", candidates=FEW_SDE, seed=1)
     data = law.sample(2048, generator=torch.Generator().manual_seed(6))
     found = errors(recommend(SDE, data, 6, "diversity", candidates=FEW_SDE))
     wanted = errors(true)
@@ -253,6 +262,19 @@ def test_equal_tables_are_listed_once():
     twins = [solvers.dpmpp(2), solvers.exponential(2)]
     found = recommend(SDE, blobs(), 5, candidates=[Candidate(s, grids.uniform, "uniform") for s in twins])
     assert [r.candidate.solver for r in found.ranking] == twins[:1]
+
+
+@pytest.mark.parametrize("field", ["skip", "out", "keep", "mix", "times"])
+def test_tables_that_differ_in_one_field_are_both_listed(field):
+    def build(sde, grid):
+        table = solvers.dpmpp(2).tableau(sde, grid)
+        values = {key: getattr(table, key) for key in ("times", "skip", "out", "keep", "mix", "noise")}
+        values[field] = values[field] * 0.99 + 1e-3 * (values[field] != 0 if field == "mix" else 1)
+        return Tableau(**values)
+
+    other = TableSolver("other", build, Card(1, None, 1, False, "a test"))
+    both = [Candidate(s, grids.uniform, "uniform") for s in (solvers.dpmpp(2), other)]
+    assert len(recommend(SDE, Gaussian([0.0], 1.0), 5, candidates=both).ranking) == 2
 
 
 @pytest.mark.parametrize("sde", [EDM(0.01, 20.0), Rectified()])
@@ -349,6 +371,15 @@ def test_covariances_are_shrunk_by_the_oracle_approximating_weight():
     assert torch.allclose(gaussian_surrogate(points).law.cov, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_component_without_samples_is_dropped():
+    points, shares = normal(20, 2), torch.zeros(20, 3, dtype=torch.float64)
+    shares[:12, 0], shares[12:, 2] = 1.0, 1.0
+    made = _maximised(points, shares)
+    assert made.weights.tolist() == [0.6, 0.4]
+    assert torch.allclose(made.means, torch.stack([points[:12].mean(0), points[12:].mean(0)]))
+    assert bool(made.covs.isfinite().all())
+
+
 def test_data_of_many_dimensions_in_principal_coordinates():
     D, frame = 300, torch.linalg.qr(normal(300, 4, seed=13)).Q
     inside = blobs(4).sample(600, generator=torch.Generator().manual_seed(14))
@@ -359,6 +390,7 @@ def test_data_of_many_dimensions_in_principal_coordinates():
     assert float(s.law.variance.sum()) + s.others * s.rest == pytest.approx(total, rel=0.02)
     assert float(s.law.mean.norm()) == pytest.approx(float(data.mean(0).norm()), rel=1e-6)
     assert 0.5 * 0.05**2 < s.rest < 1.1 * 0.05**2
+    assert mixture_surrogate(data[:40]).law.dim == 40
 
 
 @pytest.mark.parametrize("need", ["samples", "encode", "diversity"])
@@ -380,6 +412,28 @@ def test_what_is_outside_counts_on_a_mixture():
     for c in got:
         wanted = math.sqrt((3 * inside[c] ** 2 + 500 * outside[c] ** 2) / 503)
         assert got[c] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_what_is_outside_counts_for_laws_on_a_mixture():
+    law, few = blobs(), FEW_SDE[::4]
+    got = errors(recommend(SDE, Surrogate(law, rest=0.02, others=5), 6, "diversity", candidates=few))
+    alone = Gaussian(torch.zeros(1), 0.02)
+    inside, outside = (errors(recommend(SDE, p, 6, "diversity", candidates=few)) for p in (law, alone))
+    for c in got:
+        assert got[c] == pytest.approx(math.sqrt((3 * inside[c] ** 2 + 5 * outside[c] ** 2) / 8), rel=1e-6)
+
+
+@pytest.mark.parametrize("sde", [SDE, EDM(0.01, 2.0)])
+def test_sampled_distances_of_laws_are_the_exact_ones(sde):
+    """Where all directions are alike, the sliced distance is that of a coordinate."""
+    mean = torch.zeros(1, 3, dtype=torch.float64)
+    for noises, tolerance in ((16, 0.2), (256, 0.05)):
+        how = {"need": "diversity", "candidates": FEW_SDE[::3], "noises": noises}
+        exact = errors(recommend(sde, Gaussian(mean[0], 0.5), 5, **how))
+        found = errors(recommend(sde, Mixture([1.0], mean, 0.5), 5, **how))
+        far = [c for c in exact if 0.1 < exact[c] < 0.4]
+        assert len(far) > 4
+        assert [found[c] for c in far] == pytest.approx([exact[c] for c in far], rel=tolerance)
 
 
 def test_images_and_their_laws():

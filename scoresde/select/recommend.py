@@ -481,35 +481,49 @@ def _normals(n: int, count: int, seed: int) -> Tensor:
 
 
 def _laws(problem: _Problem, entries: list[_Entry]) -> list[float]:
-    """2-Wasserstein distances of the outputs' laws: exact on the Gaussian of the law's mean and covariance,
-    and beside it what samples of a mixture are further off, along random directions, than true ones."""
+    """2-Wasserstein distances of the outputs' laws.
+
+    On a Gaussian they are exact. On a mixture: of samples, along random directions, as far as it exceeds that
+    of true samples; below which the exact distance on the Gaussian of the same mean and covariance decides.
+    Those that are among the worse half there, and hopeless, are not run."""
     if not entries:
         return []
     mean, variances, _ = _axes(problem.law)
     tables = stack([e.table for e in entries])
-    total = _law_squares(problem, tables, mean, variances).sum(1)
-    total = _finite(total + _outside(problem, tables, False, laws=True)) / problem.surrogate.dim
+    gaussian = _finite(_law_squares(problem, tables, mean, variances).sum(1)) / problem.surrogate.dim
+    outside = _finite(_outside(problem, tables, encode=False, laws=True)) / problem.surrogate.dim
+    errors = (gaussian + outside).sqrt()
     if isinstance(problem.law, Gaussian):
-        return total.sqrt().tolist()
-    hopeful = (total <= HOPELESS**2 * total.min()).nonzero()[:, 0].tolist()
+        return errors.tolist()
+    limit = torch.maximum(HOPELESS**2 * gaussian.min(), gaussian.median())
+    hopeful = (gaussian <= limit).nonzero()[:, 0].tolist()
 
     def errors_of(listed: list[int], n: int) -> Tensor:
         chosen = [entries[j] for j in listed]
         sliced = _sliced(problem, n, max(len(e.table) for e in chosen))
-        parts = _parts(chosen, n, problem.law)
-        beyond = torch.cat([sliced(stack([e.table for e in part])) for part in parts])
-        return (total[listed] + beyond * problem.law.dim / problem.surrogate.dim).sqrt()
+        found = [sliced.beyond(stack([e.table for e in part])) for part in _parts(chosen, n, problem.law)]
+        share = problem.law.dim / problem.surrogate.dim
+        return (
+            torch.cat(found) * share + gaussian[listed].clamp(max=sliced.floor * share) + outside[listed]
+        ).sqrt()
 
-    errors = total.sqrt()
     errors[hopeful] = errors_of(hopeful, 4 * min(SCREEN, problem.noises))
-    best = errors.argsort()[:FINALISTS].tolist()
-    errors[best] = errors_of(best, 4 * problem.noises)
+    for finalists, samples in ((FINALISTS, 4 * problem.noises), (FINALISTS // 4, 16 * problem.noises)):
+        best = errors.argsort()[:finalists].tolist()
+        errors[best] = errors_of(best, samples)
     return errors.tolist()
 
 
-def _sliced(problem: _Problem, n: int, rows: int) -> Callable[[Stack], Tensor]:
-    """A function that gives (T,) the squared sliced 2-Wasserstein distances of n outputs of each table from
-    the law of x_end, less what n true samples have (the largest of eight times); at least 0."""
+class _Sliced(NamedTuple):
+    """The mean squared sliced 2-Wasserstein distance that n true samples have from the law of x_end, and a
+    function that gives by how much the outputs of each table exceed it, (T,) >= 0."""
+
+    floor: float
+    beyond: Callable[[Stack], Tensor]
+
+
+def _sliced(problem: _Problem, n: int, rows: int) -> _Sliced:
+    """For n samples of tables of at most so many rows."""
     law, generator = problem.law, problem.generator()
     directions = torch.randn(law.dim, DIRECTIONS, generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=0)
@@ -519,7 +533,7 @@ def _sliced(problem: _Problem, n: int, rows: int) -> Callable[[Stack], Tensor]:
         return (target.sample(n, generator=generator).reshape(n, -1) @ directions).sort(0).values
 
     expected = sum((drawn() for _ in range(15)), drawn()) / 16
-    floor = max((drawn() - expected).square().mean() for _ in range(8))
+    floor = sum(float((drawn() - expected).square().mean()) for _ in range(8)) / 8
     normals = _normals(n, law.dim * (rows + 1), problem.seed).view(n, rows + 1, law.dim).transpose(0, 1)
     model = _flat(problem.model(n), law)
 
@@ -528,7 +542,7 @@ def _sliced(problem: _Problem, n: int, rows: int) -> Callable[[Stack], Tensor]:
         squares = ((found @ directions).sort(1).values - expected).square().mean((1, 2))
         return _finite((squares - floor).clamp_min(0))
 
-    return beyond
+    return _Sliced(floor, beyond)
 
 
 def _likelihood(problem: _Problem, calls: int, candidates: Sequence[Candidate] | None) -> _Found:
