@@ -14,7 +14,9 @@ others     The error is the sliced 2-Wasserstein distance over random directions
            expected order statistics of the law, whose floor is that of true samples of the same number. The
            24 best of either side and on every grid on the Gaussian with the law's mean and covariance are run
            on a few noises, the 16 best of these on more, and the best of these once on another set. Ratios
-           are of what exceeds the floor in the square. All samplers get the same noises. The subspace runs
+           are of what exceeds the floor in the square. On the ring samples count together with their
+           images under its rotations, with which the law and all samplers commute: no mode is found more
+           often than another by chance. All samplers get the same noises. The subspace runs
            in 61 coordinates, as in `benchmarks.accuracy`.
 
 The public libraries need the environment of benchmarks/peers.txt.
@@ -150,18 +152,21 @@ def on_gaussian(choose: Gaussian, report: Gaussian) -> Measure:
 
 class Sliced:
     """The sliced 2-Wasserstein distance to a law, of n samples: along directions (M, D), against the expected
-    order statistics of n samples."""
+    order statistics of n samples; all of them with their images under `turns` (R, D, D)."""
 
-    def __init__(self, law: Law, directions: Tensor, n: int, generator: torch.Generator) -> None:
-        self.directions = (directions / directions.norm(dim=1, keepdim=True)).T
-        self.expected = torch.zeros(n, len(directions), dtype=torch.float64)
+    def __init__(
+        self, law: Law, directions: Tensor, turns: Tensor, n: int, generator: torch.Generator
+    ) -> None:
+        units = directions / directions.norm(dim=1, keepdim=True)
+        self.turned = (units @ turns).mT  # <u, R x> = <R^T u, x>
+        self.expected = torch.zeros(n * len(turns), len(directions), dtype=torch.float64)
         for _ in range(REPEATS):
             self.expected += self._ordered(law.sample(n, generator=generator)) / REPEATS
         fresh = [self(law.sample(n, generator=generator)) ** 2 for _ in range(4)]
         self.floor = math.sqrt(sum(fresh) / len(fresh))
 
     def _ordered(self, x: Tensor) -> Tensor:
-        return (x @ self.directions).sort(0).values
+        return torch.cat([x @ directions for directions in self.turned]).sort(0).values
 
     def __call__(self, x: Tensor) -> float:
         error = (self._ordered(x) - self.expected).square().mean().sqrt().item()
@@ -174,13 +179,14 @@ def on_samples(name: str, quick: bool) -> Measure:
     directions = torch.randn(DIRECTIONS, law.dim, generator=generator, dtype=torch.float64)
     if name == "subspace":
         law, directions = problems.inside(), problems.to_inside(directions)
+    turns = problems.rotations() if name == "ring" else torch.eye(law.dim, dtype=torch.float64)[None]
     model, target = InBlocks(law.denoiser(SDE)), law.marginal(SDE, END)
     alike = Gaussian(law.mean, law.cov)
     screen, sets = on_gaussian(alike, alike), {}
     for stage, n in SAMPLES.items():
         count, generator = (n // 8 if quick else n), torch.Generator().manual_seed(len(sets))
         x = law.marginal(SDE, 1.0).sample(count, generator=generator)
-        sets[stage] = x, Sliced(target, directions, count, generator)
+        sets[stage] = x, Sliced(target, directions, turns, count, generator)
 
     def measure(run: Run, calls: int, stage: str) -> Distance | None:
         if stage == "screen":

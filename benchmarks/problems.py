@@ -26,6 +26,13 @@ def ring(modes: int = 8, radius: float = 1.0, std: float = 0.1) -> Mixture:
     return Mixture(torch.full((modes,), 1 / modes, dtype=torch.float64), means, std**2)
 
 
+def rotations(modes: int = 8) -> Tensor:
+    """The rotations (modes, 2, 2) that leave `ring` as it is."""
+    angle = 2 * math.pi * torch.arange(modes, dtype=torch.float64) / modes
+    rows = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
+    return rows.view(modes, 2, 2)
+
+
 def anisotropic(
     dim: int = 64, modes: int = 20, low: float = 0.03, high: float = 0.6, seed: int = 1
 ) -> Mixture:
