@@ -246,10 +246,11 @@ def deterministic(name: str, quick: bool) -> Measure:
 
 Measure = Callable[[Run, int, str], Any]  # of a run, a number of calls, a stage: its score, None if none
 Ranks = dict[Run, float]
-Stage = tuple[str, Callable[[Ranks], list[Run]]]  # where configurations are tried, and which of them stay
+# Where configurations are tried with a number of calls, and which of them stay.
+Stage = tuple[str, Callable[[Ranks, int], list[Run]]]
 
 
-def best_of_all(ranks: Ranks) -> list[Run]:
+def best_of_all(ranks: Ranks, calls: int) -> list[Run]:
     """A shortlist: the 16 best."""
     return sorted(ranks, key=ranks.__getitem__)[:16]
 
@@ -278,9 +279,9 @@ def board(
         chosen = dict(zip(["default"], fixed, strict=False))
         for side, group in alive.items():
             first = _measured(measure, group, n, stages[0][0])
-            kept = stages[0][1](_ranks(first))
+            kept = stages[0][1](_ranks(first), n)
             for stage, shortlist in stages[1:]:
-                kept = shortlist(_ranks(_measured(measure, kept, n, stage)))
+                kept = shortlist(_ranks(_measured(measure, kept, n, stage)), n)
             final = _measured(measure, kept, n, "choose")
             for run, found in {**(first if comparable else {}), **final}.items():
                 tried[run][n] = found

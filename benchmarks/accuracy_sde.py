@@ -12,8 +12,8 @@ gaussian   The error is the 2-Wasserstein distance of the exact law of the outpu
            noise gives its law; there is no floor. Chosen on one Gaussian, scored on another.
 others     The error is the sliced 2-Wasserstein distance over random directions, of a sample against the
            expected order statistics of the law, whose floor is that of true samples of the same number. The
-           24 best of either side and on every grid on the Gaussian with the law's mean and covariance are run
-           on a few noises, the 16 best of these on more, and the best of these once on another set. Ratios
+           best of either side and on every grid on the Gaussian with the law's mean and covariance (24 with
+           5 calls, 3 with 50) are run on a few noises, the 16 best of these on more, and the best of these once on another set. Ratios
            are of what exceeds the floor in the square. On the ring samples count together with their
            images under its rotations, with which the law and all samplers commute: no mode is found more
            often than another by chance. All samplers get the same noises. The subspace runs
@@ -210,11 +210,12 @@ LEGEND = (
 )
 
 
-def best_on_every_grid(ranks: Ranks) -> list[Run]:
-    """A shortlist: the Gaussian tells good solvers from bad ones better than good grids from bad ones."""
+def best_on_every_grid(ranks: Ranks, calls: int) -> list[Run]:
+    """A shortlist: the Gaussian tells good solvers from bad ones better than good grids from bad ones, and
+    the better the more calls there are."""
     order = sorted(ranks, key=ranks.__getitem__)
-    names = dict.fromkeys(run.grid for run in order)
-    return [run for name in names for run in [run for run in order if run.grid == name][:24]]
+    names, each = dict.fromkeys(run.grid for run in order), max(3, 120 // calls)
+    return [run for name in names for run in [run for run in order if run.grid == name][:each]]
 
 
 ON_SAMPLES: tuple[Stage, ...] = (("screen", best_on_every_grid), ("narrow", best_of_all))
