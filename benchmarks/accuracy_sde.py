@@ -13,11 +13,11 @@ gaussian   The error is the 2-Wasserstein distance of the exact law of the outpu
 others     The error is the sliced 2-Wasserstein distance over random directions, of a sample against the
            expected order statistics of the law, whose floor is that of true samples of the same number. The
            best of either side and on every grid on the Gaussian with the law's mean and covariance (24 with
-           5 calls, 3 with 50) are run on a few noises, the 16 best of these on more, and the best of these once on another set. Ratios
-           are of what exceeds the floor in the square. On the ring samples count together with their
-           images under its rotations, with which the law and all samplers commute: no mode is found more
-           often than another by chance. All samplers get the same noises. The subspace runs
-           in 61 coordinates, as in `benchmarks.accuracy`.
+           5 calls, 3 with 50) are run on a few noises, the 16 best of these on more, and the best of these
+           once on another set. Ratios are of what exceeds the floor in the square. On the ring samples count
+           together with their images under its rotations, with which the law and all samplers commute: no
+           mode is found more often than another by chance. All samplers get the same noises. The subspace
+           runs in 61 coordinates, as in `benchmarks.accuracy`.
 
 The public libraries need the environment of benchmarks/peers.txt.
 """
