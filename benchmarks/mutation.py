@@ -34,11 +34,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("scoresde", "tests", "benchmarks", "pyproject.toml", "README.md", "constraints.txt")
 
-PROCESS = ("schedules", "sde", "ddpm", "denoiser", "laws", "losses")
+PROCESS = ("schedules", "sde", "ddpm", "denoiser", "laws", "losses", "variance")
 SAMPLING = ("noise", "grids", "tableau", "sampling")
-OTHERS = ("metrics", "energy", "likelihood")
+OTHERS = ("metrics", "energy")
 CARD = "tests/test_card.py"
-PROPERTIES = {"process": "tests/test_properties_process.py", "solvers": "tests/test_properties_solvers.py"}
+PROPERTIES = {name: f"tests/test_properties_{name}.py" for name in ("process", "solvers", "guidance")}
 
 # module -> files in which mistakes are planted; tests that should notice, its own and then the properties;
 # patterns below the root
@@ -58,7 +58,10 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     },
     "solvers": (("scoresde/solvers/*.py",), ("tests/test_solvers*.py", CARD, PROPERTIES["solvers"])),
     "checkpoint": (("scoresde/checkpoint/*.py",), ("tests/test_checkpoint*.py",)),
-    "guidance": (("scoresde/guidance/*.py",), ("tests/test_guidance*.py",)),
+    **{
+        name: ((f"scoresde/{name}/*.py",), (f"tests/test_{name}*.py", PROPERTIES["guidance"]))
+        for name in ("guidance", "likelihood")
+    },
     "networks": (("scoresde/networks/*.py",), ("tests/test_networks*.py",)),
     "train": (("scoresde/train/*.py",), ("tests/test_train*.py",)),
 }

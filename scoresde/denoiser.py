@@ -185,12 +185,12 @@ class BaseDenoiser(nn.Module):
         return self
 
 
-class Conditioned(BaseDenoiser):
-    """A denoiser with some conditions filled in."""
+class Wrapper(BaseDenoiser):
+    """A denoiser made of another one, `model`, on the same process, device and dtype."""
 
-    def __init__(self, model: BaseDenoiser, cond: dict[str, Any]) -> None:
+    def __init__(self, model: BaseDenoiser) -> None:
         super().__init__()
-        self.model, self.cond = model, cond
+        self.model = model
 
     @property
     def sde(self) -> LinearSDE:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -203,6 +203,14 @@ class Conditioned(BaseDenoiser):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+
+class Conditioned(Wrapper):
+    """A denoiser with some conditions filled in."""
+
+    def __init__(self, model: BaseDenoiser, cond: dict[str, Any]) -> None:
+        super().__init__(model)
+        self.cond = cond
 
     def forward(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         return self.model(x, t, **{**self.cond, **cond})

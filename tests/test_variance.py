@@ -211,6 +211,15 @@ def test_the_bound_is_exact_with_the_best_variance_and_looser_with_others() -> N
         assert abs(terms(built(share=share), learned_step_term) - known) < 1e-10
 
 
+def test_conditions_filled_in_reach_the_term() -> None:
+    model, (x, eps, _) = built(share=0.2), quadrature()
+    label = torch.full((len(x),), 0.3, dtype=F64)
+    one = learned_step_term(model.given(label=label), x, eps, 0.5, 0.625)
+    assert torch.equal(one, learned_step_term(model, x, eps, 0.5, 0.625, label=label))
+    assert torch.equal(one, learned_step_term(model.given(label=2 * label), x, eps, 0.5, 0.625, label=label))
+    assert not torch.equal(one, learned_step_term(model, x, eps, 0.5, 0.625))
+
+
 def test_the_estimate_takes_the_model_s_variance() -> None:
     x = LAW.sample(50, generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"grid": NODES}

@@ -1,30 +1,14 @@
-"""What all guided denoisers share."""
+"""What guided denoisers share."""
 
 from __future__ import annotations
 
-import torch
-
-from ..denoiser import BaseDenoiser
-from ..sde import LinearSDE
+from ..denoiser import BaseDenoiser, Wrapper
 
 
-class Guided(BaseDenoiser):
-    """A denoiser made of another one, on the same process, device and dtype."""
+class Guided(Wrapper):
+    """A denoiser made of another one. Raises TypeError for what is none."""
 
     def __init__(self, model: BaseDenoiser) -> None:
-        super().__init__()
         if not isinstance(model, BaseDenoiser):
             raise TypeError(f"model: expected a denoiser to guide, found {type(model).__name__}")
-        self.model = model
-
-    @property
-    def sde(self) -> LinearSDE:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.model.sde
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        super().__init__(model)

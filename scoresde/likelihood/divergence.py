@@ -79,12 +79,10 @@ def gaussian(noise: Noise, count: int, dim: int) -> Float[Tensor, "b r d"]:
 
 
 @dataclass(frozen=True)
-class Hutchinson:
-    """`z^T A z` for independent `probes` with E[z z^T] = I, drawn by `law` (Hutchinson 1989, Commun. Stat.
-    Simul. 18:1059; for log-densities Grathwohl et al. 2019, arXiv:1810.01367)."""
+class Probing:
+    """`z^T A z` for `count` directions z. Subclasses draw them, and know their spread."""
 
     count: int = 16
-    law: Callable[[Noise, int, int], Tensor] = rademacher
 
     def __post_init__(self) -> None:
         _check_count(self.count, "probes")
@@ -93,29 +91,28 @@ class Hutchinson:
     def columns(self) -> int:
         return self.count
 
-    def probes(self, noise: Noise, dim: int) -> Float[Tensor, "b r d"]:
-        return self.law(noise, self.count, dim)
-
     def estimates(self, pull: Pull, probes: Float[Tensor, "n r d"]) -> Float[Tensor, "n r"]:
         return _quadratic(pull, probes)
+
+
+@dataclass(frozen=True)
+class Hutchinson(Probing):
+    """`z^T A z` for independent `probes` with E[z z^T] = I, drawn by `law` (Hutchinson 1989, Commun. Stat.
+    Simul. 18:1059; for log-densities Grathwohl et al. 2019, arXiv:1810.01367)."""
+
+    law: Callable[[Noise, int, int], Tensor] = rademacher
+
+    def probes(self, noise: Noise, dim: int) -> Float[Tensor, "b r d"]:
+        return self.law(noise, self.count, dim)
 
     def standard_error(self, values: Float[Tensor, "b r"], dim: int) -> Float[Tensor, " b"]:
         return _standard_error(values)
 
 
 @dataclass(frozen=True)
-class Orthogonal:
+class Orthogonal(Probing):
     """`z^T A z` for directions of length D^(1/2) that are orthogonal to each other, uniform otherwise: draws
     without replacement, so their mean has `1 - R/D` of the variance and is exact for R = D."""
-
-    count: int = 16
-
-    def __post_init__(self) -> None:
-        _check_count(self.count, "probes")
-
-    @property
-    def columns(self) -> int:
-        return self.count
 
     def probes(self, noise: Noise, dim: int) -> Float[Tensor, "b r d"]:
         if self.count > dim:
@@ -124,9 +121,6 @@ class Orthogonal:
                 "Exact()"
             )
         return math.sqrt(dim) * torch.linalg.qr(gaussian(noise, self.count, dim).mT).Q.mT.contiguous()
-
-    def estimates(self, pull: Pull, probes: Float[Tensor, "n r d"]) -> Float[Tensor, "n r"]:
-        return _quadratic(pull, probes)
 
     def standard_error(self, values: Float[Tensor, "b r"], dim: int) -> Float[Tensor, " b"]:
         # Over all D directions the traceless part sums to 0, so two of them have covariance -var/(D - 1).
