@@ -35,7 +35,7 @@ Draw = Callable[[int, torch.Generator], Tensor]
 """(n, generator) -> (n,) float64 numbers in [0, 1), each uniform."""
 
 Loss = Callable[..., Tensor]
-"""(model, x0, eps, t, weight, **conditions) -> (B,): `denoising`, or `hybrid`."""
+"""(model, x0, eps, t, weight, **conditions) -> (B,): `denoising`, `hybrid` or `important`."""
 
 Score = Callable[[Tensor], Tensor]
 
@@ -138,6 +138,28 @@ def chain(sde: LinearSDE, u: Tensor, *, n: int = 1000) -> Tensor:
     return ((u * n).floor() + 1) / n
 
 
+def in_proportion(sde: LinearSDE, u: Tensor, *, sizes: Tensor) -> Tensor:
+    """`t = i/n`, i with probability `sizes[i - 1]/sum(sizes)`: importance sampling, for the loss `important`.
+
+    sizes (n,) positive; the variance is least for the root mean square of the loss at each i (Nichol and
+    Dhariwal 2021, arXiv:2102.09672, eq. 18). Raises ValueError for other sizes.
+    """
+    shares = _shares(sizes)
+    below = torch.searchsorted(shares.cumsum(0).to(u.device), u, right=True)
+    return (below.clamp_max(len(shares) - 1) + 1).double() / len(shares)
+
+
+def _shares(sizes: Tensor) -> Tensor:
+    """(n,) probabilities, float64, on the CPU."""
+    sizes = sizes.detach().double().cpu()
+    if sizes.ndim != 1 or not bool(((sizes > 0) & sizes.isfinite()).all()):
+        raise ValueError(
+            f"sizes: expected positive numbers (n,), one for each step of the chain, found {sizes}; add a "
+            "little where nothing is lost"
+        )
+    return sizes / sizes.sum()
+
+
 def _log_snr_range(sde: LinearSDE, end: float | None) -> tuple[float, float]:
     ends = torch.tensor([sde.default_end if end is None else end, sde.t_max], dtype=torch.float64)
     high, low = sde.log_snr(ends).tolist()
@@ -221,6 +243,26 @@ def hybrid(
     term = step_divergence(sde, s, t, like(to_noise, x0) * square.detach(), v).flatten(1).mean(1)
     plain = like(w.to(x0.device), x0).flatten() * square.flatten(1).mean(1)
     return plain + scale * n * torch.where(inner.to(x0.device), term, 0)
+
+
+def important(
+    model: BaseDenoiser,
+    x0: Float[Tensor, "b ..."],
+    eps: Float[Tensor, "b ..."],
+    t: Float[Tensor, " b"],
+    weight: Weighting = simple,
+    *,
+    sizes: Tensor,
+    loss: Loss = denoising,
+    **cond: Any,
+) -> Float[Tensor, " b"]:
+    """`loss/(n p_i)` at t = i/n with probability p_i, for t from `in_proportion` with the same sizes: the
+    mean is that of the loss over the chain, whatever the sizes.
+    """
+    shares = _shares(sizes)
+    i = (t * len(shares)).round().long() - 1
+    factor = 1 / (len(shares) * shares.to(t.device)[i])
+    return like(factor.to(x0.device), x0).flatten() * loss(model, x0, eps, t, weight, **cond)
 
 
 def classification(

@@ -177,6 +177,35 @@ def test_the_scale_counts_steps() -> None:
     torch.testing.assert_close(total - plain, 0.01 * steps / 2, rtol=1e-10, atol=1e-12)
 
 
+def test_importance_sampling_keeps_the_mean_and_lowers_the_variance() -> None:
+    """Over the law of t given by its quantile function, exactly; best for the root mean squares."""
+    model, (x, eps, w) = built(share=0.3), quadrature(8)
+    i = torch.arange(1, N + 1, dtype=F64)
+    t, hybrid = (i / N).repeat_interleave(len(w)), partial(losses.hybrid, n=N, scale=1.0)
+    xs, noises = x.repeat(N, 1), eps.repeat(N, 1)
+    plain = hybrid(model, xs, noises, t).detach().view(N, -1)
+    squares = plain.square() @ w
+    moments = {}
+    for name, sizes in (("uniform", torch.ones(N)), ("other", i), ("best", squares.sqrt())):
+        u = (torch.arange(20_000, dtype=F64) + 0.5) / 20_000
+        drawn = losses.in_proportion(VP, u, sizes=sizes)
+        shares = torch.stack([(drawn == j / N).double().mean() for j in i])
+        assert bool((drawn.diff() >= 0).all()) and shares.sum() == 1
+        torch.testing.assert_close(shares, (sizes / sizes.sum()).double(), rtol=0, atol=1e-4)
+        values = losses.important(model, xs, noises, t, sizes=sizes, loss=hybrid).detach().view(N, -1)
+        shares = (sizes / sizes.sum()).double()
+        assert abs(float(shares @ (values @ w)) - float((plain @ w).mean())) < 1e-12
+        moments[name] = float(shares @ (values.square() @ w))
+    assert moments["best"] < 0.9 * min(moments["uniform"], moments["other"])
+    assert losses.in_proportion(VP, torch.tensor([0.0, 1 - 2**-53], dtype=F64), sizes=i).tolist() == [
+        1 / N,
+        1.0,
+    ]
+    for sizes in (torch.tensor([1.0, 0.0]), torch.ones(2, 2), torch.tensor([1.0, math.inf])):
+        with pytest.raises(ValueError, match="sizes: expected positive numbers"):
+            losses.in_proportion(VP, torch.zeros(1, dtype=F64), sizes=sizes)
+
+
 # ---- the bound
 
 
