@@ -22,7 +22,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,10 +185,16 @@ def tuned(name: str, board: Board, calls: int, quick: bool, slack: float) -> tup
     return found, time.process_time() - before
 
 
+@cache
+def held_out(board: Board, quick: bool) -> tuple[Tensor, Tensor]:
+    """Noises that no choice has seen, and the solution from them."""
+    x = board.noise(board.held_out // 8 if quick else board.held_out, HELD_OUT)
+    return x, reference(board, x)
+
+
 def measure(name: str, board: Board, calls: int, quick: bool, slack: float) -> dict[str, Any]:
     """A row of results."""
-    x = board.noise(board.held_out // 8 if quick else board.held_out, HELD_OUT)
-    wanted = reference(board, x)
+    x, wanted = held_out(board, quick)
     if name == "digits":
         fixed = list(chosen_here(board, calls, x, 8, 16 if quick else 128))
     else:
