@@ -88,14 +88,14 @@ def board(name: str) -> Board:
         model, shape = checkpoint.load(PATH).eval(), digits.SHAPE
         noise = partial(_normal, shape, torch.float32)
         label = lambda n: {"label": digits.labels(n)}  # noqa: E731
-        return Board(model, shape, 96, 512, 96, 240.0, 1, 64, noise, label)
+        return Board(model, shape, 96, 512, 96, 180.0, 1, 64, noise, label)
     law = problems.problem(name)
     noise = partial(_normal, (law.dim,), torch.float64)
     if name == "subspace":
         inside = problems.inside()
         turned = lambda n, seed: problems.to_inside(noise(n, seed))  # noqa: E731
         return Board(inside.denoiser(SDE), (inside.dim,), 240, 1024, 64, 60.0, 2, law.dim, turned)
-    n, batch = (2400, 2**14) if name == "ring" else (400, 64)
+    n, batch = (2400, 2**14) if name == "ring" else (256, 64)
     return Board(law.denoiser(SDE), (law.dim,), n, 4096, batch, 60.0, 2, law.dim, noise)
 
 

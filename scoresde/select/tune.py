@@ -21,7 +21,7 @@ from ..solvers import exponential, from_tableau
 from ..solvers.base import TableSolver, evaluating, execute
 from ..tableau import Tableau
 from .candidates import GRIDS, Candidate
-from .tuning_fit import Best, Errors, Fit
+from .tuning_fit import WIDTHS, Best, Errors, Fit
 from .tuning_form import Space, natural
 from .tuning_runs import Meter, Noises, distance
 
@@ -399,8 +399,9 @@ def _in_stages(
     grid, enough = candidate.grid(task.sde, steps, task.end), True
     for k, (moves, free) in enumerate(task.stages, 1):
         space, now = Space(task.sde, candidate.solver, grid, moves, free), time.perf_counter()
-        share = 1.0 if k == len(task.stages) else EARLY
-        fit = Fit(sets.train, sets.judge, sets.flip, now + share * (until - now), tell)
+        last = k == len(task.stages)
+        limit = until if last else now + EARLY * (until - now)
+        fit = Fit(sets.train, sets.judge, sets.flip, limit, tell, WIDTHS if last else WIDTHS[:1])
         parameters, enough = fit(space, best)
         grid = space.moved(parameters[: len(grid)]) if moves else grid
     return enough

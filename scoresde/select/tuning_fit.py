@@ -80,20 +80,21 @@ class Point(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Fit:
     """Noises to fit on and to judge on, the distance that is a flip, the time (of `perf_counter`) to stop at,
-    and who is told of every iteration."""
+    who is told of every iteration, and the widths of the loss, one after the other."""
 
     train: Noises
     judge: Noises
     flip: float
     until: float
     tell: Callable[[Best], None]
+    widths: tuple[float, ...] = WIDTHS
 
     def __call__(self, space: Space, best: Best) -> tuple[Tensor, bool]:
         """Fit from parameters 0. A better table is put into `best` at once, so that it is there whatever ends
         the fit. Returns the parameters that were best on the noises that are not fitted on, and whether there
         was time enough."""
         kept, enough = torch.zeros(len(space), dtype=torch.float64), True
-        for width in WIDTHS:
+        for width in self.widths:
             kept, enough = self._from(space, kept, width, best)
         return kept, enough
 
