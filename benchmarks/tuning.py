@@ -295,8 +295,8 @@ def picture(samples: dict[str, list[Tensor]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     titles = ["exact solution", f"best untuned, {PICTURED} calls", f"tuned, {PICTURED} calls"]
-    figure = plt.figure(figsize=(13, sum({"ring": 4.4, "digits": 2.4}[name] for name in samples)))
     heights = [{"ring": 4.4, "digits": 2.4}[name] for name in samples]
+    figure = plt.figure(figsize=(13, sum(heights)), layout="constrained")
     rows = figure.subfigures(len(samples), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, (name, sets) in zip(rows, samples.items(), strict=True):
         axes = part.subplots(1, 3)
@@ -309,7 +309,7 @@ def picture(samples: dict[str, list[Tensor]], path: Path) -> None:
             else:
                 shown = axis.scatter(*x.T, c=off.log10(), s=3, vmin=-4, vmax=-1, cmap="viridis_r")
                 axis.set(aspect="equal", xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), xticks=[], yticks=[])
-            where = "" if x is sets[0] else f": {off.median():.1e} off in the median"
+            where = "\n" if x is sets[0] else f"\n{off.median():.1e} off in the median"
             axis.set_title(title + where, fontsize=11)
         if name == "ring":
             part.colorbar(shown, ax=axes, shrink=0.8, label="log10 of the distance to the exact solution")

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from scoresde import grids, solvers
+from scoresde.tableau import Tableau
 
 accuracy = pytest.importorskip(
     "benchmarks.accuracy", reason="run from the root of the repository, with `python -m pytest`"
 )
 
-from benchmarks import accuracy_sde, adaptive, likelihood, peers, problems  # noqa: E402
+from benchmarks import accuracy_sde, adaptive, likelihood, peers, problems, tuning  # noqa: E402
 
 F64 = torch.float64
 SDE = accuracy.SDE
@@ -165,3 +166,14 @@ def test_likelihood_results_hold(unchecked):
         value, found = likelihood.ours(model, x, 1e-3, run["tolerance"])
         assert float(found.evaluations.double().mean()) <= run["mean"] * 1.001
         assert float((value - exact).square().mean().sqrt()) <= run["error"] * 1.01
+
+
+def test_tuned_tables_hold(unchecked):
+    rows = json.loads((accuracy.RESULTS / "tuning.json").read_text())
+    for row in [row for row in rows if row["problem"] != "digits"]:
+        board, table = tuning.board(row["problem"]), Tableau.from_json(json.dumps(row["tuned"]["table"]))
+        x = board.noise(board.held_out, tuning.HELD_OUT)[: tuning.FIRST]
+        found = tuning.scored(board, tuning.ends_of(board, table, x), tuning.reference(board, x))
+        assert found.error <= row["first"] * (1 + 1e-6), (row["problem"], row["calls"])
+        assert table.defect(tuning.SDE).abs().max() <= 1e-12
+        assert row["more_flips"] > 0.01 or "missed" in tuning.line(row)
