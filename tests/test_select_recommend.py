@@ -16,6 +16,7 @@ from scoresde.select import (
     Candidate,
     Surrogate,
     gaussian_surrogate,
+    kernel_surrogate,
     mixture_surrogate,
     pool,
     recommend,
@@ -277,7 +278,7 @@ def test_tables_that_differ_in_one_field_are_both_listed(field):
     assert len(recommend(SDE, Gaussian([0.0], 1.0), 5, candidates=both).ranking) == 2
 
 
-@pytest.mark.parametrize("sde", [EDM(0.01, 20.0), Rectified()])
+@pytest.mark.parametrize("sde", [EDM(), Rectified()])
 def test_other_processes(sde):
     found = recommend(sde, blobs(), 6, candidates=FEW)
     model = blobs().denoiser(sde)
@@ -369,6 +370,17 @@ def test_covariances_are_shrunk_by_the_oracle_approximating_weight():
     expected = (1 - rho) * S + rho * tr / p * torch.eye(5, dtype=torch.float64)
     assert 0.01 < rho < 0.5
     assert torch.allclose(gaussian_surrogate(points).law.cov, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_are_the_samples_with_a_part_of_the_spread():
+    data = normal(2100, 2, seed=19) * torch.tensor([1.0, 3.0], dtype=torch.float64)
+    law = kernel_surrogate(data, width=0.5).law
+    assert law.means.equal(data[::3])
+    within = law.variance - law.means.var(0, correction=0)
+    assert within.tolist() == pytest.approx([0.25 * float(data.var(0).mean())] * 2, rel=1e-9)
+    assert kernel_surrogate(normal(40, 300)).dim == 300
+    with pytest.raises(ValueError, match="expected a width"):
+        kernel_surrogate(data, width=0.0)
 
 
 def test_a_component_without_samples_is_dropped():

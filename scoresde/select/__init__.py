@@ -4,7 +4,7 @@ from .candidates import GRIDS, Candidate, pool
 from .compare import Budget, compare
 from .comparison import Comparison, rank_agreement
 from .recommend import DensityRule, Ranked, Recommendation, recommend
-from .surrogate import Surrogate, gaussian_surrogate, mixture_surrogate
+from .surrogate import Surrogate, gaussian_surrogate, kernel_surrogate, mixture_surrogate
 from .tune import Tuned, tune, tune_for
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Tuned",
     "compare",
     "gaussian_surrogate",
+    "kernel_surrogate",
     "mixture_surrogate",
     "pool",
     "rank_agreement",

@@ -32,7 +32,7 @@ Data = Tensor | Law | Surrogate | tuple[Tensor, Tensor]
 
 FINALISTS = 64  # candidates that are tried a second time, on more noises
 SCREEN = 16  # noises of the first time
-NUMBERS = 2**21  # states times components times dimensions that are held at a time
+NUMBERS = 2**21  # that are held at a time, about
 HOPELESS = 20.0  # times the least error on the Gaussian: such stochastic solvers are not tried further
 DIRECTIONS = 64  # that distributions are compared along
 QUASI = 21201  # the most dimensions that torch's Sobol sequence has
@@ -148,7 +148,8 @@ def recommend(
                 "diversity"   stochastic solvers by the distance of the output's law from the data's
     guidance    the scale of `guidance.classifier_free`, for "samples" and "encode": the components of the
                 surrogate stand for the classes, `D + scale (D_k - D)` for a sample of component k
-    surrogate   `mixture_surrogate`, `gaussian_surrogate`, or another function of a batch
+    surrogate   `mixture_surrogate`, `kernel_surrogate` (for small sets of data), `gaussian_surrogate`, or
+                another function of a batch
     end         of the process, as in `sample`
     candidates  to choose from; by default `pool()`, or `pool(stochastic=True)` for "diversity". Deterministic
                 and stochastic ones may be mixed: each is measured by its own kind of error, and the distance
@@ -468,7 +469,7 @@ def _flat(model: BaseDenoiser, law: Law) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _parts(entries: list[_Entry], n: int, law: Law) -> list[list[_Entry]]:
-    size = max(1, NUMBERS // (n * law.dim * (1 + len(law.means))))
+    size = max(1, NUMBERS // (n * law.dim * (1 + min(len(law.means), 32))))
     return [entries[i : i + size] for i in range(0, len(entries), size)]
 
 
