@@ -24,9 +24,9 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,9 +34,9 @@ from torch import Tensor
 from scoresde import checkpoint, digits, sample, solvers
 from scoresde.denoiser import BaseDenoiser, Denoiser
 from scoresde.grids import Grid
-from scoresde.select import GRIDS, Comparison, compare, rank_agreement
+from scoresde.select import GRIDS, Candidate, Comparison, compare, rank_agreement
 from scoresde.select.candidates import solver_name
-from scoresde.select.compare import usual
+from scoresde.select.compare import USUAL_GRIDS, usual
 from scoresde.select.comparison import Row
 from scoresde.solvers import Card, Samples, Solver
 from scoresde.solvers.exponential import er_noise_level
@@ -109,27 +109,34 @@ def ours() -> dict[str, Solver]:
 
 def distances(
     model: Denoiser, n: int, calls: tuple[int, ...], seed: int, folder: Path, others: dict[str, PublicSolver]
-) -> list[Comparison]:
-    """Ours, and where there are others theirs."""
-    common = {
-        "shape": digits.SHAPE,
-        "n": n,
-        "seed": seed,
-        "condition": {"label": digits.labels(n)},
-        "cache": folder / "runs",
-        "progress": sys.stderr.isatty(),
-        "dtype": FLOAT64,
+) -> Comparison:
+    """Ours on the usual grids and others on those of public code, in one table."""
+    sides = (ours(), USUAL_GRIDS), (others, PUBLIC_GRIDS)
+    entries = {
+        f"{name} on {grid}": Candidate(cast(Any, solver), GRIDS[grid], grid)
+        for listed, on in sides
+        for name, solver in listed.items()
+        for grid in on
     }
-    found = [compare(model, calls=calls, **common)]
-    if others:
-        found.append(compare(model, others, {name: GRIDS[name] for name in PUBLIC_GRIDS}, calls, **common))
-    return found
+    return compare(
+        model,
+        entries,
+        calls=calls,
+        shape=digits.SHAPE,
+        n=n,
+        seed=seed,
+        condition={"label": digits.labels(n)},
+        cache=folder / "runs",
+        progress=sys.stderr.isatty(),
+        dtype=FLOAT64,
+    )
 
 
-def joined(parts: list[Comparison]) -> Comparison:
-    """Comparisons with one reference as one."""
-    rows, left = ([item for part in parts for item in getattr(part, name)] for name in ("rows", "left_out"))
-    return Comparison(tuple(rows), parts[0].about, tuple(left))
+def sides(found: Comparison) -> list[Comparison]:
+    """Ours, and theirs if there are any, of one table."""
+    mine = ours()
+    parts = [tuple(row for row in found.rows if (row.solver in mine) == own) for own in (True, False)]
+    return [replace(found, rows=rows) for rows in parts if rows]
 
 
 # ---- quality
@@ -173,7 +180,7 @@ def quality(
     return {"budget": calls, "calls": drawn.network_calls, **asdict(examiner(drawn.x, label))}
 
 
-def qualities(model: Denoiser, found: list[Comparison], n: int, seed: int) -> dict[str, Any]:
+def qualities(model: Denoiser, found: Comparison, n: int, seed: int) -> dict[str, Any]:
     """Rows by configuration, and the floor: what held-out digits reach."""
     examiner = digits.Examiner(digits.load())
     listed = {f"{name} on {grid}": (solver, grid) for name, (solver, grid) in KNOWN.items()}
@@ -193,7 +200,7 @@ def qualities(model: Denoiser, found: list[Comparison], n: int, seed: int) -> di
         "best distance of scoresde": ours(),
         "best distance of public code": public(peers.ODE, False),
     }
-    for (title, known), part in zip(named.items(), found, strict=False):
+    for (title, known), part in zip(named.items(), sides(found), strict=False):
         best = [part.ranking(budget)[0] for budget in part.budgets()]
         rows[title] = [
             {**q, "configuration": row.name}
@@ -210,28 +217,29 @@ def best_rows(part: Comparison) -> list[Row]:
     return [part.ranking(budget)[0] for budget in part.budgets()]
 
 
-def report(found: list[Comparison], agreement: dict[int, float], judged: dict[str, Any]) -> str:
+def report(found: Comparison, agreement: dict[int, float], judged: dict[str, Any]) -> str:
     """The whole in Markdown."""
-    whole = joined(found)
     lines = [
         "# Digits: a trained network",
         "",
         "## Distance to the exact solution",
         "",
-        str(whole),
+        str(found),
         "",
-        "| calls | best of scoresde | error | best of public code | error | ratio |",
+        "| calls | best of scoresde | distance | best of public code | distance | ratio |",
         "|---|---|---|---|---|---|",
     ]
-    for rows in zip(*(best_rows(part) for part in found), strict=True):
-        cells = [f"{row.name} | {row.error:.2e} ({100 * (row.flips or 0):.1f} %)" for row in rows]
-        ratio = f"{rows[0].error / rows[1].error:.2f}" if len(rows) > 1 else "-"
-        lines.append(
-            f"| {rows[0].budget} | {' | '.join(cells if len(rows) > 1 else [*cells, '- | -'])} | {ratio} |"
-        )
+    for rows in zip(*(best_rows(part) for part in sides(found)), strict=True):
+        cells = [
+            f"{row.name} | {row.typical:.2e} ({row.error:.2e}, {100 * (row.flips or 0):.1f} %)"
+            for row in rows
+        ]
+        cells += [f"{rows[0].typical / rows[1].typical:.2f}"] if len(rows) > 1 else ["-", "-", "-"]
+        lines.append(f"| {rows[0].budget} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Errors: root mean square without flips (share of flips).",
+        "Distances: median (root mean square without flips, share of flips); the ratio is of the medians. "
+        "Seconds are wall time, comparable only if nothing else ran on the machine.",
         "",
         "## Ranks",
         "",
@@ -258,7 +266,7 @@ def report(found: list[Comparison], agreement: dict[int, float], judged: dict[st
     return "\n".join(lines)
 
 
-def picture(found: list[Comparison], judged: dict[str, Any], path: Path) -> None:
+def picture(found: Comparison, judged: dict[str, Any], path: Path) -> None:
     """Left: distance against calls, every configuration a point, the best of either side a line. Right: the
     energy distance of the samples."""
     import matplotlib
@@ -266,36 +274,39 @@ def picture(found: list[Comparison], judged: dict[str, Any], path: Path) -> None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 5.2))
-    sides = (("scoresde", "#1f77b4", 0.97), ("public code", "#d95f02", 1.03))
-    for (name, color, aside), part in zip(sides, found, strict=False):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5.2))
+    styles = (("scoresde", "#1f77b4", 0.97), ("public code", "#d95f02", 1.03))
+    for (name, color, aside), part in zip(styles, sides(found), strict=False):
         rows = [row for row in part.rows if row.error < float("inf")]
         left.scatter(
-            [row.calls * aside for row in rows], [row.error for row in rows], s=7, c=color, alpha=0.35, lw=0
+            [row.calls * aside for row in rows], [row.typical for row in rows], s=7, c=color, alpha=0.35, lw=0
         )
         best = best_rows(part)
         left.plot(
             [row.calls for row in best],
-            [row.error for row in best],
+            [row.typical for row in best],
             "o-",
             c=color,
             label=f"best of {name}",
         )
-    left.set(xscale="log", yscale="log", xlabel="network calls", ylabel="RMS distance to the exact solution")
-    left.set_xticks(found[0].budgets(), [str(budget) for budget in found[0].budgets()])
+    left.set(
+        xscale="log", yscale="log", xlabel="network calls", ylabel="median distance to the exact solution"
+    )
+    left.set_xticks(found.budgets(), [str(budget) for budget in found.budgets()])
     left.set_title("Every solver and grid, from the same noise", fontsize=10)
     colors = plt.get_cmap("tab20").colors
     for i, (name, rows) in enumerate(judged["rows"].items()):
         style = {"lw": 2.5} if name.startswith("best") else {"lw": 1, "marker": "."}
         right.plot(
             [row["calls"] for row in rows],
-            [max(row["energy_distance"], 1e-3) for row in rows],
+            [row["energy_distance"] for row in rows],
             color=colors[i % 20],
             label=name,
             **style,
         )
-    right.axhline(max(judged["floor"]["energy_distance"], 1e-3), color="0.4", ls=":", label="held-out digits")
-    right.set(xscale="log", yscale="log", xlabel="network calls", ylabel="energy distance to held-out digits")
+    right.axhline(judged["floor"]["energy_distance"], color="0.4", ls=":", label="held-out digits")
+    right.set(xscale="log", xlabel="network calls", ylabel="energy distance to held-out digits")
+    right.set_yscale("symlog", linthresh=0.1)
     right.set_xticks(QUALITY_CALLS, [str(calls) for calls in QUALITY_CALLS])
     right.set_title("Quality of the samples", fontsize=10)
     for axis in (left, right):
@@ -303,7 +314,7 @@ def picture(found: list[Comparison], judged: dict[str, Any], path: Path) -> None
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=8)
-    right.legend(frameon=False, fontsize=6.5)
+    right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -322,13 +333,13 @@ def main() -> None:
     model = checkpoint.load(PATH)
     calls = tuple(args.calls)
     found = distances(model, args.n, calls, 0, args.runs, public(peers.ODE, False))
-    agreement = rank_agreement(found[0], distances(model, args.n, calls, 1, args.runs, {})[0])
+    agreement = rank_agreement(sides(found)[0], distances(model, args.n, calls, 1, args.runs, {}))
     judged = qualities(model, found, 2 * args.n, 0)
     args.out.mkdir(parents=True, exist_ok=True)
     text = report(found, agreement, judged)
     (args.out / "digits.md").write_text(text)
     summary = {"agreement": agreement, "quality": judged}
-    content = joined(found).to_json().rstrip()[:-1] + f',\n"summary": {json.dumps(summary)}}}\n'
+    content = found.to_json().rstrip()[:-1] + f',\n"summary": {json.dumps(summary)}}}\n'
     (args.out / "digits.json").write_text(content)
     picture(found, judged, args.out / "digits.png")
     print(text)

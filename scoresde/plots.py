@@ -75,9 +75,9 @@ def fronts(comparison: Comparison, *, title: str = "", named: int = 8) -> Figure
         raise ValueError("expected a comparison with finite errors, found none")
     figure = _figure((11, 5))
     chosen = _leading(comparison)[:named]
-    positive = [error for error in (*(row.error for row in shown), comparison.about.resolution) if error > 0]
+    positive = [error for error in (*(row.score for row in shown), comparison.about.resolution) if error > 0]
     lowest = min(positive, default=1e-16)
-    highest = max([lowest, *(row.error for row in shown)])
+    highest = max([lowest, *(row.score for row in shown)])
     costs = {"network calls": by_calls, "seconds for all samples": by_seconds}
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (label, cost) in zip(axes, costs.items(), strict=True):
@@ -85,12 +85,12 @@ def fronts(comparison: Comparison, *, title: str = "", named: int = 8) -> Figure
         def place(
             rows: Sequence[Row], cost: Callable[[Row], float] = cost
         ) -> tuple[list[float], list[float]]:
-            return [cost(row) for row in rows], [max(row.error, lowest) for row in rows]
+            return [cost(row) for row in rows], [max(row.score, lowest) for row in rows]
 
         ax.scatter(*place(shown), s=6, c="0.8", lw=0, zorder=1)
         ax.plot(*place(comparison.front(cost)), color="0.1", lw=2.5, alpha=0.35, zorder=2, label="front")
         for i, solver in enumerate(chosen):
-            best = [min(rows, key=lambda row: row.rank) for rows in _by_budget(shown, solver)]
+            best = [min(rows, key=lambda row: row.score) for rows in _by_budget(shown, solver)]
             ax.plot(*place(best), "o-", color=f"C{i % 10}", ms=4, lw=1, zorder=3, label=solver)
         if comparison.about.resolution > 0:
             ax.axhline(comparison.about.resolution, color="0.4", ls=":", lw=1.2, label="resolution")
@@ -100,7 +100,8 @@ def fronts(comparison: Comparison, *, title: str = "", named: int = 8) -> Figure
     ticks = [budget for budget in comparison.budgets() if len(comparison.ranking(budget)) > 1]
     axes[0].set_xticks(ticks, [str(budget) for budget in ticks])
     axes[0].minorticks_off()
-    axes[0].set_ylabel(comparison.about.measure)
+    median = "" if shown[0].median is None else "median "
+    axes[0].set_ylabel(median + comparison.about.measure)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, fontsize=8)
     figure.suptitle(title or f"{comparison.about.n} samples, seed {comparison.about.seed}", fontsize=11)
@@ -111,7 +112,7 @@ def fronts(comparison: Comparison, *, title: str = "", named: int = 8) -> Figure
 def _place(
     rows: Sequence[Row], cost: Callable[[Row], float], lowest: float
 ) -> tuple[list[float], list[float]]:
-    return [cost(row) for row in rows], [max(row.error, lowest) for row in rows]
+    return [cost(row) for row in rows], [max(row.score, lowest) for row in rows]
 
 
 def _leading(comparison: Comparison) -> list[str]:

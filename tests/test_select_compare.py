@@ -35,7 +35,7 @@ from scoresde.select import GRIDS, Budget, Candidate, Comparison, compare, rank_
 from scoresde.select.compare import _too_dear
 from scoresde.select.comparison import About, LeftOut, Row, by_seconds
 from scoresde.select.jobs import Job
-from scoresde.select.measures import Label, Laws, Paired, rms_distance
+from scoresde.select.measures import Label, Laws, Paired, _resamples, rms_distance
 from scoresde.select.runs import How, Runner
 
 SDE = VPSDE()
@@ -142,8 +142,9 @@ def test_flips_are_left_out_and_count():
     (row,) = measure.rows([(Label("s", "g", 5), record)])
     assert row.error == pytest.approx(math.sqrt(6 / 7 * 0.125))
     assert (row.flips, row.median) == (0.125, pytest.approx(math.sqrt(0.125)))
-    assert row.rank == row.error + 0.125  # more than one in ten
-    assert replace(row, flips=0.1).rank == row.error
+    assert row.score == row.median + 0.125  # more than one in ten
+    assert replace(row, flips=0.1).score == row.median
+    assert replace(row, flips=None, median=None).score == row.error
     assert row.low < row.error <= row.high + 1e-12
     edge = Paired(reference, rms_distance, flip=float(rms_distance(x, reference)[0]))
     (kept,) = edge.rows([(Label("s", "g", 5), record)])
@@ -183,6 +184,16 @@ def test_wins_compare_the_same_resamples():
     rows = {row.solver: row for row in measure.rows(records)}
     assert [rows[name].wins for name in ("1.0", "0.99", "-0.99")] == [0, 1, 1]
     assert rows["1.0"].low < rows["0.99"].high
+
+
+def test_wins_are_of_the_medians_of_resamples():
+    """Against medians of the samples that the resamples draw, one by one."""
+    d = torch.rand(3, 8, generator=torch.Generator().manual_seed(0), dtype=F64)
+    found = Paired(torch.zeros(8, 1, dtype=F64), rms_distance, None)._medians(d)
+    counts = torch.cat(list(_resamples(8))).long()
+    assert found.shape == (3, 1000) and bool((counts.sum(1) == 8).all())
+    for i, drawn in enumerate(counts[:50]):
+        assert found[:, i].equal(d.repeat_interleave(drawn, dim=1).median(1).values)
 
 
 def test_a_metric_of_ones_own(unchecked):
@@ -455,12 +466,13 @@ def about(**options) -> About:
 
 
 def row(solver: str, calls: int, error: float, seconds: float = 1.0, budget: int | None = None) -> Row:
-    return Row(solver, "g", budget or calls, calls, seconds, 64, error, error / 2, 2 * error, 0.0, 0.1, 0.5)
+    return Row(solver, "g", budget or calls, calls, seconds, 64, error, error / 2, 2 * error, 0.0, error, 0.5)
 
 
 def test_fronts_are_what_nothing_dominates():
     rows = [row("a", 5, 0.5, 3), row("b", 5, 0.4, 2), row("c", 10, 0.4, 1), row("d", 10, 0.3, 4),
-            row("e", 20, math.inf, 0.5), row("f", 9, 0.2, 9, budget=10)]  # fmt: skip
+            replace(row("e", 20, math.inf, 0.5), median=3.0, flips=1.0),
+            row("f", 9, 0.2, 9, budget=10)]  # fmt: skip
     table = Comparison(tuple(rows), about())
     assert [r.solver for r in table.front()] == ["b", "f"]
     assert [r.solver for r in table.front(by_seconds)] == ["c", "d", "f"]
@@ -487,11 +499,15 @@ def test_the_table_prints(capsys):
     assert "Non-dominated in calls: 5 calls: solver0 on g (0.1); 19 calls: late on g (0.01)" in str(table)
     lost = Comparison((replace(rows[0], flips=0.125),), about())
     assert "5 calls: solver0 on g (0.1, 12.5 % flips)" in str(lost)
-    assert "flips" not in Comparison((replace(rows[0], flips=None),), about()).table()
+    assert "flips" not in Comparison((replace(rows[0], median=None, flips=None),), about()).table()
 
 
 def test_json_and_csv_keep_everything():
-    rows = (row("a", 5, 0.5), row("b", 5, math.inf), replace(row("c", 5, 0.25), flips=None, memory=None))
+    rows = (
+        row("a", 5, 0.5),
+        replace(row("b", 5, math.inf), median=1.0),
+        replace(row("c", 5, 0.25), flips=None, memory=None),
+    )
     table = Comparison(rows, about(reference_error=1e-7), (LeftOut("x", "", 5, 'why, "not"\n'),))
     text = table.to_json()
     assert Comparison.from_json(text) == table

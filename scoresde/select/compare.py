@@ -104,9 +104,10 @@ def compare(
 
         error = sqrt(mean of d_i^2 over samples with d_i <= flip),   flips = share of the others,
 
-    beside the median of all. A sample beyond `flip` has ended in another mode: its distance is that of two
-    modes, and says nothing of the accuracy. With `data` the error is a distance between laws, of the samples
-    from the data, for solvers with and without noise; `About.floor` is what true samples reach.
+    beside the median of all, which rows are ordered by (`Row.score`). A sample beyond `flip` has ended in
+    another mode: its distance is that of two modes, and says nothing of the accuracy. With `data` the error
+    is a distance between laws, of the samples from the data, for solvers with and without noise;
+    `About.floor` is what true samples reach.
 
     solvers    solver objects (each is run on all grids), Candidates (with their own grid), Tableaus (with
                their own grid and calls), or a mapping that names them; default: `usual()`. Adaptive solvers

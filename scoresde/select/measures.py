@@ -67,7 +67,7 @@ class Paired:
             low, high = drawn_errors.quantile(
                 torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=1, interpolation="nearest"
             )
-            order = drawn_errors + drawn_flips * (drawn_flips > MANY_FLIPS)  # `Row.rank`
+            order = self._medians(d) + drawn_flips * (drawn_flips > MANY_FLIPS)  # `Row.score`
             wins = (order <= order.amin(0)).double().mean(1)
             for i, (label, record) in enumerate(group):
                 yield Row(
@@ -97,17 +97,32 @@ class Paired:
         return errors.squeeze(1), (1 - within / counts.sum(1)).squeeze(1)
 
     def _bootstrap(self, d: Tensor) -> tuple[Tensor, Tensor]:
-        n, generator = d.shape[1], torch.Generator().manual_seed(0)
-        rows = max(1, 2**20 // n)  # resamples at a time
-        found = []
-        for first in range(0, RESAMPLES, rows):
-            size = (min(rows, RESAMPLES - first), n)
-            drawn = torch.randint(n, size, generator=generator)
-            ones = torch.ones(size, dtype=torch.float64)
-            counts = torch.zeros(size, dtype=torch.float64).scatter_add_(1, drawn, ones)
-            found.append(self._scores(d, counts))
+        """Errors and flips, both (rows, RESAMPLES)."""
+        found = [self._scores(d, counts) for counts in _resamples(d.shape[1])]
         errors, flips = (torch.cat([part[i].view(len(d), -1) for part in found], 1) for i in (0, 1))
         return errors, flips
+
+    def _medians(self, d: Tensor) -> Tensor:
+        """(rows, RESAMPLES): the lower medians of the resamples, like `Tensor.median`."""
+        ordered, places = d.sort(dim=1)
+        half = (d.shape[1] + 1) // 2
+        found = []
+        for counts in _resamples(d.shape[1]):
+            for values, place in zip(ordered, places, strict=True):
+                found.append(values[(counts[:, place].cumsum(1) >= half).int().argmax(1)])
+        blocks = [torch.stack(found[i : i + len(d)]) for i in range(0, len(found), len(d))]
+        return torch.cat(blocks, 1)
+
+
+def _resamples(n: int) -> Iterator[Tensor]:
+    """How often each of n samples is drawn (R, n) in RESAMPLES resamples, some at a time; always the same."""
+    generator = torch.Generator().manual_seed(0)
+    rows = max(1, 2**20 // n)
+    for first in range(0, RESAMPLES, rows):
+        size = (min(rows, RESAMPLES - first), n)
+        drawn = torch.randint(n, size, generator=generator)
+        ones = torch.ones(size, dtype=torch.float64)
+        yield torch.zeros(size, dtype=torch.float64).scatter_add_(1, drawn, ones)
 
 
 class Laws:
