@@ -372,6 +372,15 @@ def test_covariances_are_shrunk_by_the_oracle_approximating_weight():
     assert torch.allclose(gaussian_surrogate(points).law.cov, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_few_samples_are_taken_as_they_are_unless_there_is_guidance():
+    few, many = normal(39, 2, seed=20), normal(40, 2, seed=20)
+    how = {"calls": 5, "candidates": FEW[::9]}
+    assert len(recommend(SDE, few, **how).surrogate.law.means) == 39
+    assert len(recommend(SDE, many, **how).surrogate.law.means) < 8
+    spread = torch.cat([few - 9, few + 9])[::2]
+    assert len(recommend(SDE, spread, guidance=2.0, **how).surrogate.law.means) < 8
+
+
 def test_kernels_are_the_samples_with_a_part_of_the_spread():
     data = normal(2100, 2, seed=19) * torch.tensor([1.0, 3.0], dtype=torch.float64)
     law = kernel_surrogate(data, width=0.5).law

@@ -24,12 +24,13 @@ from ..sde import LinearSDE, like
 from ..solvers.base import TableSolver
 from ..tableau import Tableau
 from .candidates import GRIDS, Candidate, GridFunction, pool
-from .surrogate import Surrogate, checked_batch, mixture_surrogate
+from .surrogate import Surrogate, checked_batch, kernel_surrogate, mixture_surrogate
 from .tables import Stack, maps, run_stack, stack
 
 Need = Literal["samples", "encode", "likelihood", "diversity"]
 Data = Tensor | Law | Surrogate | tuple[Tensor, Tensor]
 
+ENOUGH = 20  # samples for each dimension, for a mixture
 FINALISTS = 64  # candidates that are tried a second time, on more noises
 SCREEN = 16  # noises of the first time
 NUMBERS = 2**21  # that are held at a time, about
@@ -131,7 +132,7 @@ def recommend(
     need: Need = "samples",
     guidance: Scale | None = None,
     *,
-    surrogate: Callable[[Tensor], Surrogate] = mixture_surrogate,
+    surrogate: Callable[[Tensor], Surrogate] | None = None,
     end: float | None = None,
     candidates: Sequence[Candidate] | None = None,
     noises: int = 128,
@@ -148,8 +149,9 @@ def recommend(
                 "diversity"   stochastic solvers by the distance of the output's law from the data's
     guidance    the scale of `guidance.classifier_free`, for "samples" and "encode": the components of the
                 surrogate stand for the classes, `D + scale (D_k - D)` for a sample of component k
-    surrogate   `mixture_surrogate`, `kernel_surrogate` (for small sets of data), `gaussian_surrogate`, or
-                another function of a batch
+    surrogate   `mixture_surrogate`, `kernel_surrogate`, `gaussian_surrogate`, or another function of a batch.
+                By default the first where there are at least 20 samples for each dimension, or guidance; else
+                the second, which is close to a network that has learnt few samples
     end         of the process, as in `sample`
     candidates  to choose from; by default `pool()`, or `pool(stochastic=True)` for "diversity". Deterministic
                 and stochastic ones may be mixed: each is measured by its own kind of error, and the distance
@@ -157,9 +159,10 @@ def recommend(
     noises      of the second trial; the first is on fewer
     seed        of the noises
 
-    What it cannot know: errors of the network itself, and structure of the data that the surrogate has not
-    (on a Gaussian there are no modes to confuse, so that long steps look harmless). `compare` measures on the
-    model.
+    What it cannot know: errors of the network itself, and structure of the data that the surrogate has not.
+    On a Gaussian there are no modes to confuse, so that long steps look harmless; on a mixture fitted to 1000
+    images of digits, high orders look better than they are on the network. benchmarks.recommend has numbers.
+    `compare` measures on the model.
 
     Raises ValueError or TypeError for arguments that do not fit.
     """
@@ -172,7 +175,7 @@ def recommend(
         raise ValueError(f"expected a whole number of noises >= 2, found {noises!r}")
     if need not in NEEDS:
         raise ValueError(f"expected a need among {sorted(NEEDS)}, found {need!r}")
-    law = _surrogate(data, surrogate)
+    law = _surrogate(data, surrogate, guidance)
     problem = _Problem(sde, end, law, noises, seed, _guidance(guidance, need, law))
     found = NEEDS[need](problem, calls, candidates)
     if not found.ranking:
@@ -182,7 +185,7 @@ def recommend(
     )
 
 
-def _surrogate(data: Data, fit: Callable[[Tensor], Surrogate]) -> Surrogate:
+def _surrogate(data: Data, fit: Callable[[Tensor], Surrogate] | None, guidance: Scale | None) -> Surrogate:
     if isinstance(data, Surrogate):
         return data
     if isinstance(data, Law):
@@ -197,7 +200,10 @@ def _surrogate(data: Data, fit: Callable[[Tensor], Surrogate]) -> Surrogate:
                 f"{tuple(variances.shape)}"
             )
         return Surrogate(Gaussian(mean, variances))
-    checked_batch(data)
+    points = checked_batch(data)
+    if fit is None:
+        enough = len(points) >= ENOUGH * points.shape[1]
+        fit = mixture_surrogate if enough or guidance is not None else kernel_surrogate
     return fit(data)
 
 
