@@ -186,6 +186,20 @@ def test_wins_compare_the_same_resamples():
     assert rows["1.0"].low < rows["0.99"].high
 
 
+def test_few_bad_samples_do_not_lose():
+    """The median decides, not the root mean square."""
+    measure = Paired(torch.zeros(50, 1, dtype=F64), rms_distance, None)
+    cost = {"calls": 5, "seconds": 0.1, "memory": None}
+    even, tailed = torch.full((50, 1), 0.2, dtype=F64), torch.full((50, 1), 0.1, dtype=F64)
+    tailed[:2] = 9.0
+    found = measure.rows(
+        [(Label(s, "g", 5), {**cost, **measure(x)}) for s, x in (("e", even), ("t", tailed))]
+    )
+    rows = {row.solver: row for row in found}
+    assert rows["t"].error > rows["e"].error and rows["t"].score < rows["e"].score
+    assert (rows["t"].wins, rows["e"].wins) == (1, 0)
+
+
 def test_wins_are_of_the_medians_of_resamples():
     """Against medians of the samples that the resamples draw, one by one."""
     d = torch.rand(3, 8, generator=torch.Generator().manual_seed(0), dtype=F64)
