@@ -62,7 +62,7 @@ END = 1e-3
 SAMPLES = {"narrow": 512, "choose": 4096, "report": 32768}
 DIRECTIONS, REPEATS, FLOOR = 64, 32, 1e-12
 
-QUARTIC = partial(grids.power, exponent=4)
+NEARLY_QUARTIC, QUARTIC = (partial(grids.power, exponent=p) for p in (3.5, 4))
 MORE = {
     **MORE_GRIDS,
     "power 4": QUARTIC,
@@ -71,6 +71,7 @@ MORE = {
         f"{w} power 4 + {1 - w:.2g} log-SNR": partial(grids.blend, one=QUARTIC, other=grids.log_snr, weight=w)
         for w in (0.5, 0.7, 0.85)
     },
+    "0.8 power 3.5 + 0.2 log-SNR": partial(grids.blend, one=NEARLY_QUARTIC, other=grids.log_snr, weight=0.8),
 }
 # The best single choice on the first Gaussian and the ring.
 OURS = solvers.exponential(4, corrector=5, stored="data", variable="t", tau=er_noise_level)
@@ -97,7 +98,7 @@ def candidates() -> list[solvers.TableSolver]:
     ]
     family = [
         solvers.exponential(p, corrector=c, stored=stored, variable=variable, tau=tau)
-        for p, c in ((2, 0), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7))
+        for p, c in ((2, 0), (2, 3), (3, 4), (4, 5), (5, 6), (5, 7), (6, 7))
         for stored in ("data", "flow")
         for variable in ("lam", "sigma", "t")
         for tau in (*(math.sqrt(eta) for eta in ETAS), er_noise_level)
