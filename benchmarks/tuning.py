@@ -288,7 +288,7 @@ def sampled(row: dict[str, Any]) -> list[Tensor]:
 
 
 def picture(samples: dict[str, list[Tensor]], path: Path) -> None:
-    """The ring as points, colored by how far off they are, and digits as images."""
+    """The ring as points, colored by how far off they are; digits, and below them ten times what is wrong."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -303,7 +303,8 @@ def picture(samples: dict[str, list[Tensor]], path: Path) -> None:
         for axis, title, x in zip(axes, titles, sets, strict=False):
             off = (x - sets[0]).flatten(1).square().mean(1).sqrt().clamp_min(1e-6)
             if name == "digits":
-                tiles = x.view(4, 10, 8, 8).permute(0, 2, 1, 3).reshape(32, 80)
+                both = torch.cat([x[:20], 10 * (x - sets[0])[:20]])
+                tiles = both.view(4, 10, 8, 8).permute(0, 2, 1, 3).reshape(32, 80)
                 axis.imshow(tiles, cmap="gray_r", vmin=-1, vmax=1)
                 axis.set_axis_off()
             else:
