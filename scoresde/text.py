@@ -57,7 +57,8 @@ def _made(node: ast.AST, kind: Kind, wrong: ValueError) -> Any:
     if name not in kind.makers:
         known = ", ".join(sorted(kind.makers))
         raise ValueError(f"expected a {kind.word} from {known}; found {name!r}.{kind.see}")
-    if any(keyword.arg is None for keyword in node.keywords):  # **{...}
+    keywords = [keyword.arg for keyword in node.keywords]
+    if None in keywords or len(set(keywords)) < len(keywords):  # **{...}, or a name twice
         raise wrong
     values = [_value(value, kind, wrong) for value in node.args]
     options = {str(keyword.arg): _value(keyword.value, kind, wrong) for keyword in node.keywords}
