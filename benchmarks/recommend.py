@@ -160,7 +160,7 @@ def one(
     fitted = {name: fit(data) for name, fit in SURROGATES.items()}
     fit_seconds = time.process_time() - started
     about = {
-        "mixture": number,
+        "number": number,
         "dim": dim,
         "modes": len(law.means),
         "fitted": len(fitted["mixture"].law.means),
@@ -301,7 +301,7 @@ def main() -> None:
     result = {"seed": args.seed, "cpu_seconds": time.process_time() - started, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "recommend.json").write_text(
-        json.dumps(result).replace('{"mixture": ', '\n{"mixture": ') + "\n"
+        json.dumps(result).replace('{"number": ', '\n{"number": ') + "\n"
     )
     (args.out / "recommend.md").write_text(report(result))
     picture(rows, args.out / "recommend.png")

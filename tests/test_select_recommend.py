@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -518,3 +520,18 @@ def test_few_different_samples_give_fewer_components():
     fitted = mixture_surrogate(data, components=5).law
     assert len(fitted.means) == 2
     assert torch.allclose(fitted.means.sort(0).values, torch.tensor([[0.0, 0.0], [2.0, 1.0]]).double())
+
+
+# The benchmark
+
+
+def test_what_the_benchmark_found():
+    result = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "recommend.json").read_text())
+    rows = [row for row in result["rows"] if row["need"] == "samples"]
+    assert len({row["number"] for row in rows}) >= 30
+    assert {row["calls"] for row in rows} == {5, 10, 20, 50}
+    assert (min(row["dim"] for row in rows), max(row["dim"] for row in rows)) == (2, 64)
+    ratios = torch.tensor([row["mixture"]["ratio"] for row in rows])
+    assert sum(row["mixture"]["spearman"] for row in rows) / len(rows) >= 0.9
+    assert float(ratios.median()) <= 1.25
+    assert float(ratios.quantile(0.9)) <= 2.0
