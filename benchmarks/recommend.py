@@ -271,6 +271,8 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         )
         column[1].axhline(1.25, color="gray", lw=0.8, ls=":")
         for axis in column:
+            axis.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
+            axis.minorticks_off()
             axis.grid(alpha=0.25, lw=0.6)
             axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False, title="surrogate")
