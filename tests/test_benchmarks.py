@@ -87,11 +87,28 @@ def test_equal_tables_count_once():
 
 def test_sliced_distance_of_true_samples_is_its_floor(alpha_ledger):
     law, generator = problems.ring(), torch.Generator().manual_seed(0)
-    distance = accuracy_sde.Sliced(law, torch.randn(16, 2, generator=generator, dtype=F64), 512, generator)
+    directions, alone = torch.randn(16, 2, generator=generator, dtype=F64), torch.eye(2, dtype=F64)[None]
+    distance = accuracy_sde.Sliced(law, directions, alone, 512, generator)
     # The floor is a mean of 4; the distance of 512 samples of the ring varies by a third of it.
     alpha_ledger.spend(1e-9, "true samples are near the floor of the sliced distance")
     assert distance(law.sample(512, generator=generator)) < 4 * distance.floor
     assert distance(2 * law.sample(512, generator=generator)) > 8 * distance.floor
+
+
+def test_samples_of_the_ring_count_with_their_images():
+    """Its rotations leave the law as it is; with them modes are found equally often, and the floor falls."""
+    law, generator = problems.ring(), torch.Generator().manual_seed(0)
+    turns, directions = problems.rotations(), torch.randn(16, 2, generator=generator, dtype=F64)
+    x = law.sample(64, generator=generator)
+    for turn in turns:
+        assert torch.allclose(turn @ turn.T, torch.eye(2, dtype=F64), rtol=0, atol=1e-12)
+        assert torch.allclose(law.log_prob(x @ turn.T), law.log_prob(x), rtol=0, atol=1e-9)
+    assert len({tuple(turn.flatten().round(decimals=6).tolist()) for turn in turns}) == 8
+    alone, all_of_them = (
+        accuracy_sde.Sliced(law, directions, group, 512, generator) for group in (turns[:1], turns)
+    )
+    assert all_of_them.floor < 0.3 * alone.floor
+    assert all_of_them(x[:1].expand(512, 2)) < 0.5 * alone(x[:1].expand(512, 2))  # one mode stands for all
 
 
 def test_what_is_at_the_floor_has_no_ratio():
