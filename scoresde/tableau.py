@@ -283,15 +283,24 @@ def _settled(column: list[float]) -> list[float]:
     """The numbers, rounded to the 24 bits of float32; what one loses the next one gets.
 
     So their sums along a run are right to one rounding. Rounded one by one, a coefficient that hardly changes
-    is off by the same amount in every row, and a thousand such errors add up.
+    is off by the same amount in every row, and a thousand such errors add up. A number that float32 has
+    stays as it is (the last row to data returns D itself), and none gets more than its own rounding.
     """
     settled, carry = [], 0.0
     for value in column:
-        wanted = value + carry if value else 0.0
-        split = wanted * (2**29 + 1.0)  # Veltkamp's splitting (Dekker 1971, doi 10.1007/BF01397083)
-        settled.append(split - (split - wanted))
-        carry = wanted - settled[-1] if value else carry
+        rounded = _single(value)
+        if rounded != value:
+            wanted = value + carry if abs(carry) <= 2**-23 * abs(value) else value
+            rounded = _single(wanted)
+            carry = wanted - rounded
+        settled.append(rounded)
     return settled
+
+
+def _single(value: float) -> float:
+    """To the nearest number of 24 bits, by Veltkamp's splitting (Dekker 1971, doi 10.1007/BF01397083)."""
+    split = value * (2**29 + 1.0)
+    return split - (split - value)
 
 
 def loop(
