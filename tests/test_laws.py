@@ -562,6 +562,13 @@ def test_small_laws_print_as_code_and_large_ones_as_what_they_are() -> None:
     assert "Gaussian(event_shape=(65,), cov=isotropic" in repr(Gaussian(torch.zeros(65), 1.0))
     assert "2 x full" in repr(Mixture([0.5, 0.5], torch.zeros(2, 6), torch.eye(6).repeat(2, 1, 1)))
     assert repr(Gaussian(torch.zeros(2, 2), 1.0)) == "Gaussian([[0.0, 0.0], [0.0, 0.0]], 1.0)"
+    factor = torch.tensor([[1.0], [0.0], [0.0]])
+    alone = repr(Gaussian(torch.zeros(3), LowRank(torch.tensor(0.5), factor)))
+    assert "LowRank(0.5, torch.tensor([[" in alone
+    several = repr(
+        Mixture([0.5, 0.5], torch.zeros(2, 3), LowRank(torch.tensor([0.5, 0.25]), factor.repeat(2, 1, 1)))
+    )
+    assert "LowRank(torch.tensor([0.5, 0.25], dtype=torch.float64), torch.tensor([[[" in several
 
 
 @pytest.mark.parametrize("kind", ["one " + k for k in KINDS])

@@ -266,3 +266,15 @@ def test_a_callback_sees_every_row_in_order() -> None:
     assert seen[0].x.equal(x)
     for step in seen:
         assert torch.allclose(step.denoised, model(step.x, step.t), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.5, 2.0])
+def test_eta_of_sde_dpmpp_is_the_square_of_tau(eta: float) -> None:
+    """What one step keeps of the state, and the variance of its noise, are the same for all orders."""
+    grid = regular(VP, 1)
+    expected = solvers.exponential(1, tau=math.sqrt(eta)).tableau(VP, grid).canonical()
+    for order, singlestep in ((1, False), (2, False), (3, False), (1, True), (2, True)):
+        found = solvers.sde_dpmpp(order, eta, singlestep).tableau(VP, grid).canonical()
+        assert float(found.a[-1]) == pytest.approx(float(expected.a[-1]), rel=1e-12)
+        variances = (float(form.C[-1].square().sum()) for form in (found, expected))
+        assert next(variances) == pytest.approx(next(variances), rel=1e-12)

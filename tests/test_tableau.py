@@ -17,7 +17,7 @@ from scoresde.denoiser import Rows
 from scoresde.laws import Gaussian
 from scoresde.noise import Noise
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
-from scoresde.tableau import FIELDS, Tableau, coefficients, join, run
+from scoresde.tableau import FIELDS, Tableau, check_finite, coefficients, join, run
 from scoresde.testing.solver_checks import check_point_mass
 
 SDES: dict[str, LinearSDE] = {
@@ -469,3 +469,15 @@ def test_from_tableau_is_for_its_own_times() -> None:
     for times in ([1.0, 0.5], [0.9, 1e-3], [0.9, 0.5]):
         with pytest.raises(ValueError, match=r"runs from t = 1\.0 to 0\.001"):
             solver.tableau(sde, torch.tensor(times, dtype=torch.float64))
+
+
+def test_outputs_that_are_not_finite_are_named() -> None:
+    """Where a sum overflows although every number is finite, nothing is wrong."""
+    table, x = solvers.ddim().tableau(VPSDE(), grids.uniform(VPSDE(), 5)), torch.zeros(3, 2)
+    check_finite(table, 2, x, torch.ones(3, 2))
+    check_finite(table, 2, x, torch.full((3, 2), 3e38))
+    for wrong in (math.nan, math.inf):
+        F = torch.ones(3, 2)
+        F[1, 0] = wrong
+        with pytest.raises(FloatingPointError, match=r"call 3 of 5, t = 0\.6.*samples 1;"):
+            check_finite(table, 2, x, F)
