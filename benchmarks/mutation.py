@@ -34,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("scoresde", "tests", "benchmarks", "pyproject.toml", "README.md", "constraints.txt")
 
-PROCESS = ("schedules", "sde", "ddpm", "denoiser", "laws", "losses", "variance")
+PROCESS = ("schedules", "sde", "ddpm", "denoiser", "laws", "losses")
 SAMPLING = ("noise", "grids", "tableau", "sampling")
 OTHERS = ("metrics", "energy")
 CARD = "tests/test_card.py"
@@ -57,6 +57,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         for name in ("adaptive", "langevin", "external")
     },
     "solvers": (("scoresde/solvers/*.py",), ("tests/test_solvers*.py", CARD, PROPERTIES["solvers"])),
+    "variance": (("scoresde/variance.py", "scoresde/solvers/learned.py"), ("tests/test_variance*.py",)),
     "checkpoint": (("scoresde/checkpoint/*.py",), ("tests/test_checkpoint*.py",)),
     **{
         name: ((f"scoresde/{name}/*.py",), (f"tests/test_{name}*.py", PROPERTIES["guidance"]))
@@ -65,7 +66,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "networks": (("scoresde/networks/*.py",), ("tests/test_networks*.py",)),
     "train": (("scoresde/train/*.py",), ("tests/test_train*.py",)),
 }
-ELSEWHERE = {"solvers": ("adaptive", "langevin", "external")}  # files that are another module's
+ELSEWHERE = {"solvers": ("adaptive", "langevin", "external", "variance")}  # files that are another module's
 
 ARITHMETIC = {
     ast.Add: ast.Sub,
