@@ -485,6 +485,14 @@ def test_samples_of_points(alpha_ledger) -> None:
     assert p > alpha_ledger.spend(1e-9, "laws: weights of points")
 
 
+def test_one_component_draws_normals_only() -> None:
+    draw = torch.Generator().manual_seed(3)
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert torch.allclose(
+        Gaussian([1.0, -2.0], 0.25).sample(5, generator=draw), torch.tensor([1.0, -2.0]) + 0.5 * z
+    )
+
+
 def test_sampling_is_a_function_of_the_generator() -> None:
     law = make("full", 0)[0]
     a, b = (law.sample(8, generator=torch.Generator().manual_seed(1)) for _ in range(2))
