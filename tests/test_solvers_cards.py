@@ -8,12 +8,13 @@ from collections.abc import Callable
 import protocol
 import pytest
 import torch
-from protocol import SDES, VP, Point, regular
+from protocol import SDES, VP, Point, Wavy, regular
 
 from scoresde import grids, solvers
 from scoresde.noise import Noise
 from scoresde.sde import EDM, LinearSDE, Rectified, SubVPSDE
 from scoresde.solvers.base import Solver, TableSolver
+from scoresde.solvers.exponential import er_noise_level
 
 # Run-time type checks cost more than the solvers here; test_sampling.py runs every solver with them.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -230,3 +231,25 @@ DEFAULTS = """
 def test_defaults(printed: str) -> None:
     """What a solver is without options is part of its contract."""
     assert repr(getattr(solvers, printed.split("(")[0])()) == printed
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_callback_of_the_reversible_solver_sees_every_step(order: int) -> None:
+    grid, x = regular(VP, 4), torch.ones(2, 3, dtype=torch.float64)
+    seen = solvers.reversible(order).solve(Wavy(VP), x, grid, callback=lambda step: step).path
+    assert [step.k for step in seen] == [0, 1, 2, 3] and [step.t for step in seen] == grid.t[:-1].tolist()
+    assert torch.allclose(seen[0].x, x, rtol=1e-14, atol=0)
+    assert torch.equal(seen[0].denoised, Wavy(VP)(seen[0].x, grid.t[0]))
+
+
+def test_noise_level_of_er_sde_is_that_of_its_noise_function() -> None:
+    """`tau^2 = k phi'/phi - 1` with phi(k) = k (exp(k^0.3) + 10), by central differences."""
+
+    def phi(k: float) -> float:
+        return k * (math.exp(k**0.3) + 10)
+
+    for lam in (-3.0, -0.5, 0.0, 1.0, 4.0):
+        k, h = math.exp(-lam), 1e-5
+        slope = (math.log(phi(k * (1 + h))) - math.log(phi(k * (1 - h)))) / (2 * h)
+        tau = float(er_noise_level(torch.tensor(lam, dtype=torch.float64)))
+        assert tau == pytest.approx(math.sqrt(slope - 1), rel=1e-6)
