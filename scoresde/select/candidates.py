@@ -144,7 +144,7 @@ def _stochastic() -> list[TableSolver]:
         solvers.sde_dpmpp(2, rule="bh2"),
         solvers.sde_dpmpp(3, rule="half3"),
         solvers.sde_dpmpp(2, singlestep=True),
-        solvers.sde_dpmpp(2, 0.1, rule="bh2"),
+        *(solvers.sde_dpmpp(2, eta, rule="bh2") for eta in (0.1, 0.5)),
         *(solvers.sa(p, p + 1) for p in (2, 3)),
         solvers.sa(3, 4, 0.3),
         *(solvers.er_sde(p) for p in (2, 3)),
@@ -162,6 +162,16 @@ def _stochastic() -> list[TableSolver]:
         *((2, 3, "flow", variable, little) for variable in ("lam", "sigma")),
         (2, 3, "flow", "sigma", half),
         (5, 6, "data", "sigma", little),
+        *((2, 3, "data", "t", tau) for tau in (little, half)),
+        (2, 3, "flow", "sigma", er_noise_level),
+        (2, 0, "flow", "sigma", little),
+        *((p, p + 1, "data", "t", little) for p in (3, 4)),
+        (3, 4, "flow", "sigma", little),
+        (3, 4, "flow", "t", half),
+        (4, 5, "flow", "t", er_noise_level),
+        (5, 6, "flow", "t", little),
+        (5, 7, "data", "sigma", er_noise_level),
+        *((6, 7, "data", variable, er_noise_level) for variable in ("sigma", "t")),
     ]
     return [*named, *(_member(*member) for member in members)]
 
