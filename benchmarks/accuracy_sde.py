@@ -62,7 +62,7 @@ END = 1e-3
 SAMPLES = {"narrow": 512, "choose": 4096, "report": 32768}
 DIRECTIONS, REPEATS, FLOOR = 64, 32, 1e-12
 
-NEARLY_QUARTIC, QUARTIC = (partial(grids.power, exponent=p) for p in (3.5, 4))
+QUARTIC = partial(grids.power, exponent=4)
 MORE = {
     **MORE_GRIDS,
     "power 4": QUARTIC,
@@ -71,7 +71,6 @@ MORE = {
         f"{w} power 4 + {1 - w:.2g} log-SNR": partial(grids.blend, one=QUARTIC, other=grids.log_snr, weight=w)
         for w in (0.5, 0.7, 0.85)
     },
-    "0.8 power 3.5 + 0.2 log-SNR": partial(grids.blend, one=NEARLY_QUARTIC, other=grids.log_snr, weight=0.8),
 }
 # The best single choice on the first Gaussian and the ring.
 OURS = solvers.exponential(4, corrector=5, stored="data", variable="t", tau=er_noise_level)

@@ -58,6 +58,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     },
     "solvers": (("scoresde/solvers/*.py",), ("tests/test_solvers*.py", CARD, PROPERTIES["solvers"])),
     "variance": (("scoresde/variance.py", "scoresde/solvers/learned.py"), ("tests/test_variance*.py",)),
+    **{name: ((f"scoresde/{name}/*.py",), (f"tests/test_{name}*.py",)) for name in ("select", "interop")},
     "checkpoint": (("scoresde/checkpoint/*.py",), ("tests/test_checkpoint*.py",)),
     **{
         name: ((f"scoresde/{name}/*.py",), (f"tests/test_{name}*.py", PROPERTIES["guidance"]))
@@ -337,7 +338,7 @@ class Tree:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        ignored = shutil.ignore_patterns("__pycache__", "results", "*.pyc")
+        ignored = shutil.ignore_patterns("__pycache__", "*.png", "*.pyc")
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():

@@ -443,6 +443,21 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def save(out: Path, stem: str, device: torch.device, data: dict[str, Any], text: str) -> None:
+    """The numbers as JSON and the report beside them, for each kind of device in files of its own."""
+    out.mkdir(parents=True, exist_ok=True)
+    stem += "" if device.type == "cpu" else f"_{device.type}"
+    record = {"device": device_name(device), "torch": torch.__version__, **data}
+    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{stem}.md").write_text(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -471,21 +486,12 @@ def main() -> None:
             cases += with_network
         noise = noise_costs(device, clock, turns)
     rules = verdicts(cases, noise)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    text = report(cases, noise, rules, name)
+    text = report(cases, noise, rules, device_name(device))
     print(text)
     for library in ("diffusers", "k-diffusion", "azula"):
         if reason := peers.missing(library):
             print(reason)
-    options.out.mkdir(parents=True, exist_ok=True)
-    suffix = "" if device.type == "cpu" else f"_{device.type}"
     data = {
-        "device": name,
-        "torch": torch.__version__,
         "microseconds_per_step": [
             {
                 "method": c.method,
@@ -498,8 +504,7 @@ def main() -> None:
         "noise": noise,
         "rules": [{"rule": n, "ratio": r, "limit": limit, "pass": r <= limit} for n, r, limit in rules],
     }
-    (options.out / f"overhead{suffix}.json").write_text(json.dumps(data, indent=1) + "\n")
-    (options.out / f"overhead{suffix}.md").write_text(text)
+    save(options.out, "overhead", device, data, text)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ Public libraries need the environment of benchmarks/peers.txt; without it their 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,18 @@ from scoresde.solvers.base import execute
 from scoresde.tableau import run
 
 from . import peers
-from .overhead import Case, Clock, by_hand, in_azula, in_diffusers, in_graph, in_k_diffusion, measure
+from .overhead import (
+    Case,
+    Clock,
+    by_hand,
+    device_name,
+    in_azula,
+    in_diffusers,
+    in_graph,
+    in_k_diffusion,
+    measure,
+    save,
+)
 
 RESULTS = Path(__file__).parent / "results"
 MODES = ("eager", "compiled", "graph")
@@ -175,17 +184,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(options.device)
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
-    stem = "sampling_speed" + ("" if device.type == "cpu" else f"_{device.type}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    clock, rows = Clock(device), []
+    name, clock, rows = device_name(device), Clock(device), []
     for setting in settings(options.quick, device):
         rows.append(measured(setting, device, clock))
         print(rows[-1], flush=True)
-        record = {"device": name, "torch": torch.__version__, "rows": rows}
-        (options.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (options.out / f"{stem}.md").write_text(report(rows, name))
+        save(options.out, "sampling_speed", device, {"rows": rows}, report(rows, name))
     print(report(rows, name))
     for library in ("diffusers", "k-diffusion", "azula"):
         if reason := peers.missing(library):

@@ -20,12 +20,11 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from scoresde import VPSDE, Denoiser, networks, train
 
-from .overhead import Clock
+from .overhead import Clock, device_name, save
 
 RESULTS = Path(__file__).parent / "results"
 LINUX = sys.platform == "linux"
@@ -173,13 +172,29 @@ def settings(quick: bool, device: torch.device) -> list[dict[str, Any]]:
     ]
 
 
+@contextmanager
+def one_precision() -> Iterator[None]:
+    """accelerate allows a process one precision: none is set before, and none stays behind."""
+    if not usable("accelerate"):
+        yield
+        return
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def measured(setting: dict[str, Any], device: torch.device, clock: Clock) -> dict[str, Any]:
     """Milliseconds a step and MiB of every loop."""
-    shape, precision, every = setting["shape"], setting["precision"], setting["every"]
-    if usable("accelerate"):
-        from accelerate.state import AcceleratorState
+    with one_precision():
+        return _measured(setting, device, clock)
 
-        AcceleratorState._reset_state(reset_partial_state=True)  # it allows a process one precision
+
+def _measured(setting: dict[str, Any], device: torch.device, clock: Clock) -> dict[str, Any]:
+    shape, precision, every = setting["shape"], setting["precision"], setting["every"]
     loops = {name: make(shape, precision, device, every) for name, make in LOOPS.items() if usable(name)}
     times: dict[str, list[float]] = {name: [] for name in loops}
     for steps in loops.values():
@@ -266,15 +281,9 @@ def main() -> None:
     for setting in settings(options.quick, device):
         rows.append(measured(setting, device, clock))
         print(rows[-1], flush=True)
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
-    text = report(rows, name)
+    text = report(rows, device_name(device))
     print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = "training_speed" + ("" if device.type == "cpu" else f"_{device.type}")
-    record = {"device": name, "torch": torch.__version__, "rows": rows}
-    (options.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (options.out / f"{stem}.md").write_text(text)
+    save(options.out, "training_speed", device, {"rows": rows}, text)
 
 
 if __name__ == "__main__":

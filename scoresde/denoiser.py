@@ -186,7 +186,8 @@ class BaseDenoiser(nn.Module):
 
 
 class Wrapper(BaseDenoiser):
-    """A denoiser made of another one, `model`, on the same process, device and dtype."""
+    """A denoiser made of another one, `model`, on the same device and dtype, and the same process unless it
+    says otherwise."""
 
     def __init__(self, model: BaseDenoiser) -> None:
         super().__init__()

@@ -157,17 +157,12 @@ class Law:
     def log_prob(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
         """log p(x), nats. Raises ValueError if the law is degenerate (a variance is 0), for then there is no
         density."""
-        self._check_density()
-        one = torch.ones((), dtype=torch.float64, device=x.device)
-        terms = self._engine().terms(self._flat(x), one, 0 * one)
-        return _log_density(terms, self.dim).to(x.dtype)
+        return _log_density(self._own_terms(x), self.dim).to(x.dtype)
 
     def responsibilities(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b k"]:
         """The posterior probability of every component, `w_k N(x; m_k, S_k)/p(x)`; float64. Raises ValueError
         if the law is degenerate."""
-        self._check_density()
-        one = torch.ones((), dtype=torch.float64, device=x.device)
-        return self._engine().terms(self._flat(x), one, 0 * one).logits.softmax(-1)
+        return self._own_terms(x).logits.softmax(-1)
 
     def denoiser(self, sde: LinearSDE) -> ExactDenoiser:
         """The exact E[x_0 | x_t] of this law under `sde`."""
@@ -200,12 +195,15 @@ class Law:
         weights = (self._log_w + torch.stack(log_w)).log_softmax(0)
         return self._make(type(self), weights, torch.stack(means), stack(spectra))
 
-    def _check_density(self) -> None:
+    def _own_terms(self, x: Tensor) -> Terms:
+        """The terms without noise. Raises ValueError if the law has no density."""
         if self._spectrum.singular:
             raise ValueError(
                 f"expected a law with a density, found {self} with a zero variance;"
                 " use .marginal(sde, t) at a time with noise, or add variance"
             )
+        one, zero = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
+        return self._engine().terms(self._flat(x), one, zero)
 
     def _observation(self, y: Numbers, A: Numbers, noise_var: float) -> tuple[Tensor, Tensor]:
         y, A = real(y, "y", self.device), real(A, "A", self.device)

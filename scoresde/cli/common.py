@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import grids, solvers
 from ..sampling import GridFunction
-from ..select import GRIDS
+from ..select import STOCHASTIC_GRIDS
 from ..solvers import Solver
 from ..tableau import Tableau
 
@@ -40,9 +40,10 @@ def parse_entry(text: str) -> Solver | Tableau:
 
 
 def parse_grid(text: str) -> GridFunction:
-    """The grid of select.GRIDS, or the function of scoresde.grids with options, that a text names; nothing is
-    evaluated. Raises ValueError for anything else."""
-    return GRIDS[text] if text in GRIDS else grids.parse(text)
+    """The grid of select.STOCHASTIC_GRIDS, where all grids of the pools are, or the function of
+    scoresde.grids with options, that a text names; nothing is evaluated. Raises ValueError for anything else.
+    """
+    return STOCHASTIC_GRIDS[text] if text in STOCHASTIC_GRIDS else grids.parse(text)
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -5,28 +5,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..denoiser import BaseDenoiser, Rows, checked
+from ..denoiser import BaseDenoiser, Rows, Wrapper, checked
 from ..schedules import Time, holds, wide
 from ..sde import LinearSDE, like
 
 
-class Matched(BaseDenoiser):
+class Matched(Wrapper):
     """See `under`."""
 
     def __init__(self, model: BaseDenoiser, sde: LinearSDE) -> None:
-        super().__init__()
-        self.model, self.sde = model, sde
+        super().__init__(model)
+        self._sde = sde
 
     @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
+    def sde(self) -> LinearSDE:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._sde
 
     def extra_repr(self) -> str:
         return f"under {self.sde}"

@@ -16,7 +16,8 @@ from ..tableau import Tableau
 
 GridFunction = Callable[..., Grid]
 
-_CUBIC, _FIFTH = partial(grids.power, exponent=3), partial(grids.karras, rho=5)
+_CUBIC, _QUARTIC = (partial(grids.power, exponent=p) for p in (3, 4))
+_FIFTH = partial(grids.karras, rho=5)
 GRIDS: dict[str, GridFunction] = {
     "uniform": grids.uniform,
     "quadratic": grids.quadratic,
@@ -28,6 +29,17 @@ GRIDS: dict[str, GridFunction] = {
             grids.blend, one=_CUBIC, other=_FIFTH, weight=w
         )
         for w in (0.3, 0.5, 0.7, 0.85)
+    },
+}
+# Stochastic solvers have use for more nodes near the data (benchmarks.accuracy_sde).
+STOCHASTIC_GRIDS: dict[str, GridFunction] = {
+    **GRIDS,
+    "power(exponent=5)": partial(grids.power, exponent=5),
+    **{
+        f"{w} power(exponent=4) + {1 - w:.2g} log_snr": partial(
+            grids.blend, one=_QUARTIC, other=grids.log_snr, weight=w
+        )
+        for w in (0.5, 0.7, 0.85)
     },
 }
 REMEMBERED = 8192  # tables
@@ -53,21 +65,27 @@ class Candidate(NamedTuple):
         none."""
         return self.solver.steps_for(calls) if calls >= self.solver.calls(1) else None
 
-    def table(self, sde: LinearSDE, calls: int, end: float | None = None) -> Tableau | None:
-        """The table of as many steps as `calls` network calls allow, remembered for this sde. None if there
-        is none: the calls do not pay for a step, or the sde ends where the solver has no finite coefficients.
+    def table(
+        self, sde: LinearSDE, calls: int, end: float | None = None, *, backwards: bool = False
+    ) -> Tableau | None:
+        """The table of as many steps as `calls` network calls allow, remembered for this sde; `backwards`,
+        from data to noise. None if there is none: the calls do not pay for a step, or the sde ends where the
+        solver has no finite coefficients.
 
         Raises ValueError for an end that the sde does not have.
         """
         steps = self.steps(calls)
-        return None if steps is None else _table(self, sde, steps, end)
+        return None if steps is None else _table(self, sde, steps, end, backwards)
 
 
 @lru_cache(REMEMBERED)
-def _table(candidate: Candidate, sde: LinearSDE, steps: int, end: float | None) -> Tableau | None:
+def _table(
+    candidate: Candidate, sde: LinearSDE, steps: int, end: float | None, backwards: bool
+) -> Tableau | None:
     grids.uniform(sde, 1, end)  # says what is wrong with the end, or the sde
     try:
-        return candidate.solver.tableau(sde, candidate.grid(sde, steps, end))
+        grid = candidate.grid(sde, steps, end)
+        return candidate.solver.tableau(sde, grid.reversed() if backwards else grid)
     except ValueError:  # nodes that coincide, or an infinite rate at an end without signal or without noise
         return None
 
@@ -177,7 +195,8 @@ def _stochastic() -> list[TableSolver]:
 
 
 def pool(stochastic: bool = False) -> list[Candidate]:
-    """Tens of solvers on all of `GRIDS`: deterministic ones, or stochastic ones. No two have the same tables.
+    """Tens of solvers: deterministic ones on all of `GRIDS`, or stochastic ones on all of `STOCHASTIC_GRIDS`.
+    No two have the same tables.
 
     What benchmarks.accuracy and benchmarks.accuracy_sde found best for some problem and number of calls is
     among them."""
@@ -186,5 +205,5 @@ def pool(stochastic: bool = False) -> list[Candidate]:
 
 @cache
 def _pool(stochastic: bool) -> tuple[Candidate, ...]:
-    listed = _stochastic() if stochastic else _deterministic()
-    return tuple(Candidate(solver, grid, name) for solver in listed for name, grid in GRIDS.items())
+    listed, spacings = (_stochastic(), STOCHASTIC_GRIDS) if stochastic else (_deterministic(), GRIDS)
+    return tuple(Candidate(solver, grid, name) for solver in listed for name, grid in spacings.items())

@@ -92,10 +92,16 @@ def accelerator(model: nn.Module, device: torch.device, precision: str) -> Any:
         return OneDevice()
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, is_initialized
     except ImportError as error:
         raise ImportError(
             "several devices or mixed precision need accelerate: pip install 'scoresde[train]'"
         ) from error
+    if is_initialized() and (set_before := AcceleratorState().mixed_precision) != precision:
+        raise ValueError(
+            f"precision: expected {set_before!r}, which this process has begun with, found {precision!r}; "
+            "accelerate allows one in a process: start another one"
+        )
     made = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=several)
     if several:
         model.to(made.device)
