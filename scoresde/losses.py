@@ -242,7 +242,7 @@ def hybrid(
     s = torch.where(inner, s, 0.5 * t)
     term = step_divergence(sde, s, t, like(to_noise, x0) * square.detach(), v).flatten(1).mean(1)
     plain = like(w.to(x0.device), x0).flatten() * square.flatten(1).mean(1)
-    return plain + scale * n * torch.where(inner.to(x0.device), term, 0)
+    return plain + (scale * n * torch.where(inner.to(x0.device), term, 0)).to(plain.dtype)
 
 
 def important(

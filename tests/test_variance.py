@@ -116,6 +116,20 @@ def test_the_divergence_is_that_of_two_gaussians() -> None:
     torch.testing.assert_close(step_divergence(VP, s, t, square, v), known, rtol=1e-11, atol=1e-13)
 
 
+def test_short_steps_keep_their_divergence_in_float32() -> None:
+    """r is 1 to 1e-6 there, and `r - 1 - log r` all that is left of it; its slope is what trains v."""
+    t = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        v = torch.tensor([[0.25], [0.75]], dtype=dtype, requires_grad=True)
+        found = step_divergence(VP, t - 1e-4, t, torch.zeros(2, 1, dtype=dtype), v)
+        gap = v.detach().double() * log_ratio(VP, t - 1e-4, t)[:, None]
+        known = gap**2 / 4 - gap**3 / 12  # (exp(-g) - 1 + g)/2
+        torch.testing.assert_close(found.detach(), known, rtol=1e-4, atol=0)
+        (slope,) = torch.autograd.grad(found.sum(), v)
+        expected = log_ratio(VP, t - 1e-4, t)[:, None] * (gap / 2 - gap**2 / 4)
+        torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("predicts", ["noise", "data", "velocity", "flow"])
 def test_it_is_the_denoiser_to_everybody_else(predicts: str) -> None:
     model, exact = built(predicts), LAW.denoiser(VP)
