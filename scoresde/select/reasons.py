@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from .candidates import Candidate
+from .measures import FLIP
 from .recommendation import DensityRule, Ranked
 from .tables import stack
 from .trials import Entry, Exact, Problem, axes_of, exact_squares, law_squares, trial
 
-FLIP = 0.3  # standard deviations: a sample further off has most likely gone to another mode
 USUAL = "dpmpp(2) on log_snr"  # what people use
 
 

@@ -21,6 +21,7 @@ from ..solvers import exponential, from_tableau
 from ..solvers.base import TableSolver, evaluating, execute
 from ..tableau import Tableau
 from .candidates import GRIDS, Candidate
+from .measures import FLIP
 from .tuning_fit import WIDTHS, Best, Errors, Fit
 from .tuning_form import Space, natural
 from .tuning_runs import Meter, Noises, distance
@@ -36,7 +37,6 @@ USUAL_FIRST = {name: GRIDS[name] for name in ("quadratic", "karras(rho=7)")} | G
 SCREENED, SHORTLIST = 64, 16  # noises that every configuration runs on; those that run on all of them
 SCREENING = 0.3  # of the time
 EARLY = 0.25  # share of the time for a stage that another one follows
-FLIP = 0.4  # of the standard deviation of the reference's ends
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
 

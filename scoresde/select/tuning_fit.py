@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..tableau import Tableau
+from .comparison import MANY_FLIPS
 from .tuning_form import Space
 from .tuning_runs import Noises, Trace
 
@@ -51,7 +52,7 @@ class Errors(NamedTuple):
     @property
     def rank(self) -> float:
         """What tables are chosen by: one that loses more than a sample in ten is not chosen for the rest."""
-        return self.rms if self.flips <= 0.1 else self.rms + self.flips
+        return self.rms if self.flips <= MANY_FLIPS else self.rms + self.flips
 
 
 @dataclass
