@@ -15,13 +15,14 @@ from torch import Tensor
 from ..denoiser import BaseDenoiser
 from ..laws import Gaussian, Law
 from ..noise import Noise
-from ..sampling import GridFunction, default_grid
+from ..sampling import GridFunction
 from ..sde import LinearSDE
-from ..solvers import exponential, from_tableau
+from ..solvers import from_tableau
 from ..solvers.base import TableSolver, evaluating, execute
 from ..tableau import Tableau
 from .candidates import GRIDS, Candidate
 from .measures import FLIP
+from .references import USUAL
 from .tuning_fit import WIDTHS, Best, Errors, Fit
 from .tuning_form import Space, natural
 from .tuning_runs import Meter, Noises, distance
@@ -193,11 +194,12 @@ def tune(
     """A table of at most `calls` network calls for this model, better than `solver` on the best of `grids`.
 
     The error is the distance to the probability-flow solution from the same noise. Three sets of n noises
-    (samples 0..3n-1 of the seed) are taken to their ends with `reference` steps of an accurate solver. All
-    solvers run on all grids; from the `starts` best ones the table is fitted on the first set, by
-    Levenberg-Marquardt from evaluations of the model alone (see `tuning_fit`); of all tables on the way the
-    one that is best on the second set is kept, and reported on the third beside the best fixed one. Where no
-    table is better there, or it sends significantly more samples to other ends, the fixed one is returned.
+    (samples 0..3n-1 of the seed) are taken to their ends with `reference` steps of the solver that is
+    `compare`'s reference. All solvers run on all grids; from the `starts` best ones the table is fitted on
+    the first set, by Levenberg-Marquardt from evaluations of the model alone (see `tuning_fit`); of all
+    tables on the way the one that is best on the second set is kept, and reported on the third beside the
+    best fixed one. Where no table is better there, or it sends significantly more samples to other ends, the
+    fixed one is returned.
 
     solver     a deterministic TableSolver, or several
     what       "grid": the times, with the solver's own coefficients, which then suit other models of such
@@ -297,10 +299,10 @@ def _sampled(
     flip: float | None,
 ) -> Sets:
     """Three sets of states (3n, ...), with references."""
-    solver, meter = exponential(5, corrector=6, stored="flow", variable="sigma"), Meter()
+    meter = Meter()
 
     def end_of(some: BaseDenoiser, x: Tensor, steps: int) -> Tensor:
-        table = solver.tableau(model.sde, default_grid(model.sde, steps, end))
+        table = USUAL.solver.tableau(model.sde, USUAL.grid(model.sde, steps, end))
         parts = []
         for rows in torch.arange(len(x), device=x.device).split(batch):
             parts.append(execute(table, some.narrowed(rows, len(x)), x[rows]).x)
