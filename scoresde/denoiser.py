@@ -277,9 +277,13 @@ class Denoiser(BaseDenoiser):
 
     def raw(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """The network's own output `F(c_in x, t)`, in the dtype of x."""
+        return self._call(x, *self._scale_and_label(x, t), **cond)
+
+    def _scale_and_label(self, x: Tensor, t: Time) -> Pair:
+        """c_in for x, and the network's label."""
         t = wide(t)
         c_in = self.predicts.c_in(self.sde.alpha(t), self.sde.sigma(t))
-        return self._call(x, like(c_in, x), self._label(t).to(x.device), **cond)
+        return like(c_in, x), self._label(t).to(x.device)
 
     def target(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
         """What F should be: `p x_0 + q eps`."""

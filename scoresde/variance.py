@@ -36,10 +36,7 @@ class LearnedVariance(Denoiser):
 
     def halves(self, x: Tensor, t: Time, **cond: Any) -> Pair:
         """(F, v), each (B, C, ...) in the dtype of x, by one call."""
-        t = wide(t)
-        c_in = self.predicts.c_in(self.sde.alpha(t), self.sde.sigma(t))
-        out = self._output(x, like(c_in, x), self._label(t).to(x.device), **cond)
-        F, u = _halves(out, x)
+        F, u = _halves(self._output(x, *self._scale_and_label(x, t), **cond), x)
         return F, 0.5 * (1 + u)
 
     def data_and_share(self, x: Tensor, t: Time, **cond: Any) -> Pair:

@@ -518,3 +518,13 @@ def test_other_laws_are_sampled(unchecked):
 def test_only_laws_are_known(unchecked):
     with pytest.raises(TypeError, match="expected a law of the data"):
         tune_for(SDE, RING.denoiser(SDE), solvers.dpmpp(2), 4)
+
+
+def test_starts_share_the_time_that_is_left(monkeypatch):
+    """By a clock that stands still: a third for the first of three, half of the rest for the second, all for
+    the last."""
+    module, limits = importlib.import_module("scoresde.select.tune"), []
+    monkeypatch.setattr(module.time, "perf_counter", lambda: 100.0)
+    monkeypatch.setattr(module, "_in_stages", lambda *parts: limits.append(parts[4] - 100.0) or True)
+    tune_for(SDE, Gaussian([0.7, -0.2], [0.5, 0.1]), solvers.dpmpp(2), 5, seconds=12.0, starts=3)
+    assert limits == pytest.approx([4.0, 6.0, 12.0])

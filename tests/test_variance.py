@@ -28,7 +28,7 @@ from scoresde import (
     solvers,
     train,
 )
-from scoresde.denoiser import PREDICTIONS, BaseDenoiser
+from scoresde.denoiser import PREDICTIONS, BaseDenoiser, Karras
 from scoresde.likelihood import GaussianDecoder, elbo, learned_step_term, posterior_variance, step_term
 from scoresde.noise import Noise
 from scoresde.schedules import wide
@@ -128,6 +128,31 @@ def test_short_steps_keep_their_divergence_in_float32() -> None:
         (slope,) = torch.autograd.grad(found.sum(), v)
         expected = log_ratio(VP, t - 1e-4, t)[:, None] * (gap / 2 - gap**2 / 4)
         torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_preconditioned_networks_are_given_the_same_state_for_both_halves() -> None:
+    """Karras' c_in is not symmetric in alpha and sigma."""
+    seen: list[Tensor] = []
+
+    class Recording(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Parameter(torch.ones((), dtype=F64))
+
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            seen.append(x)
+            return self.one * torch.cat([x.sin(), x.cos()], 1)
+
+    model = LearnedVariance(Recording(), VP, Karras(0.5))
+    x, t = torch.tensor([[1.0, -2.0]], dtype=F64), torch.tensor([0.3], dtype=F64)
+    with torch.no_grad():
+        D, v = model.data_and_share(x, t)
+        torch.testing.assert_close(D, model(x, t), rtol=1e-14, atol=0)
+    assert torch.equal(seen[0], seen[1])
+    alpha, sigma = VP.alpha(t), VP.sigma(t)
+    c_in = (alpha**2 * 0.25 + sigma**2).rsqrt()[:, None]
+    torch.testing.assert_close(seen[0], c_in * x, rtol=1e-14, atol=0)
+    torch.testing.assert_close(v, (1 + (c_in * x).cos()) / 2, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("predicts", ["noise", "data", "velocity", "flow"])
