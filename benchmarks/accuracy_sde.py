@@ -152,14 +152,19 @@ def on_gaussian(choose: Gaussian, report: Gaussian) -> Measure:
 
 class Sliced:
     """The sliced 2-Wasserstein distance to a law, of n samples: along directions (M, D), against the expected
-    order statistics of n samples; all of them with their images under `turns` (R, D, D)."""
+    order statistics of n samples; with `turns` (R, D, D) all of them together with their images."""
 
     def __init__(
-        self, law: Law, directions: Tensor, turns: Tensor, n: int, generator: torch.Generator
+        self,
+        law: Law,
+        directions: Tensor,
+        n: int,
+        generator: torch.Generator,
+        turns: Tensor | None = None,
     ) -> None:
         units = directions / directions.norm(dim=1, keepdim=True)
-        self.turned = (units @ turns).mT  # <u, R x> = <R^T u, x>
-        self.expected = torch.zeros(n * len(turns), len(directions), dtype=torch.float64)
+        self.turned = units.T[None] if turns is None else (units @ turns).mT  # <u, R x> = <R^T u, x>
+        self.expected = torch.zeros(n * len(self.turned), len(directions), dtype=torch.float64)
         for _ in range(REPEATS):
             self.expected += self._ordered(law.sample(n, generator=generator)) / REPEATS
         fresh = [self(law.sample(n, generator=generator)) ** 2 for _ in range(4)]
@@ -179,14 +184,14 @@ def on_samples(name: str, quick: bool) -> Measure:
     directions = torch.randn(DIRECTIONS, law.dim, generator=generator, dtype=torch.float64)
     if name == "subspace":
         law, directions = problems.inside(), problems.to_inside(directions)
-    turns = problems.rotations() if name == "ring" else torch.eye(law.dim, dtype=torch.float64)[None]
+    turns = problems.rotations() if name == "ring" else None
     model, target = InBlocks(law.denoiser(SDE)), law.marginal(SDE, END)
     alike = Gaussian(law.mean, law.cov)
     screen, sets = on_gaussian(alike, alike), {}
     for stage, n in SAMPLES.items():
         count, generator = (n // 8 if quick else n), torch.Generator().manual_seed(len(sets))
         x = law.marginal(SDE, 1.0).sample(count, generator=generator)
-        sets[stage] = x, Sliced(target, directions, turns, count, generator)
+        sets[stage] = x, Sliced(target, directions, count, generator, turns)
 
     def measure(run: Run, calls: int, stage: str) -> Distance | None:
         if stage == "screen":

@@ -15,7 +15,7 @@ accuracy = pytest.importorskip(
     "benchmarks.accuracy", reason="run from the root of the repository, with `python -m pytest`"
 )
 
-from benchmarks import accuracy_sde, adaptive, likelihood, peers, problems, tuning  # noqa: E402
+from benchmarks import accuracy_sde, adaptive, likelihood, peers, problems, recommend, tuning  # noqa: E402
 
 F64 = torch.float64
 SDE = accuracy.SDE
@@ -87,8 +87,7 @@ def test_equal_tables_count_once():
 
 def test_sliced_distance_of_true_samples_is_its_floor(alpha_ledger):
     law, generator = problems.ring(), torch.Generator().manual_seed(0)
-    directions, alone = torch.randn(16, 2, generator=generator, dtype=F64), torch.eye(2, dtype=F64)[None]
-    distance = accuracy_sde.Sliced(law, directions, alone, 512, generator)
+    distance = accuracy_sde.Sliced(law, torch.randn(16, 2, generator=generator, dtype=F64), 512, generator)
     # The floor is a mean of 4; the distance of 512 samples of the ring varies by a third of it.
     alpha_ledger.spend(1e-9, "true samples are near the floor of the sliced distance")
     assert distance(law.sample(512, generator=generator)) < 4 * distance.floor
@@ -105,7 +104,7 @@ def test_samples_of_the_ring_count_with_their_images():
         assert torch.allclose(law.log_prob(x @ turn.T), law.log_prob(x), rtol=0, atol=1e-9)
     assert len({tuple(turn.flatten().round(decimals=6).tolist()) for turn in turns}) == 8
     alone, all_of_them = (
-        accuracy_sde.Sliced(law, directions, group, 512, generator) for group in (turns[:1], turns)
+        accuracy_sde.Sliced(law, directions, 512, generator, group) for group in (None, turns)
     )
     assert all_of_them.floor < 0.3 * alone.floor
     assert all_of_them(x[:1].expand(512, 2)) < 0.5 * alone(x[:1].expand(512, 2))  # one mode stands for all
@@ -194,3 +193,13 @@ def test_tuned_tables_hold(unchecked):
         assert found.error <= row["first"] * (1 + 1e-6), (row["problem"], row["calls"])
         assert table.defect(tuning.SDE).abs().max() <= 1e-12
         assert row["more_flips"] > 0.01 or "missed" in tuning.line(row)
+
+
+def test_recommend_judges_stochastic_solvers_by_samples(monkeypatch):
+    """The distances of samples: of few, so only that fifty steps are nearer to the law than three."""
+    monkeypatch.setattr(recommend, "SAMPLES", 256)
+    law = recommend.random_mixture(torch.Generator().manual_seed(0), 2)
+    tables = [solvers.ddpm().tableau(SDE, grids.quadratic(SDE, n)) for n in (3, 50)]
+    truth = recommend.true_laws(law, tables, torch.Generator().manual_seed(1))
+    assert truth.errors[0] > 2 * truth.errors[1] > truth.floor
+    assert min(truth.excess()) >= truth.floor / 2
