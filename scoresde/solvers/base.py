@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -91,10 +92,10 @@ class TableSolver:
     """A solver that is a function `(sde, grid) -> Tableau`, with the options it was made with."""
 
     name: str
-    build: Callable[[LinearSDE, Grid], Tableau] = field(repr=False)
-    card: Card = field(repr=False)
+    build: Callable[[LinearSDE, Grid], Tableau]
+    card: Card
     options: tuple[tuple[str, Any], ...] = ()
-    calls: Callable[[int], int] = field(default=lambda steps: steps, repr=False)
+    calls: Callable[[int], int] = lambda steps: steps
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.options)})"
@@ -113,12 +114,7 @@ class TableSolver:
     def steps_for(self, calls: int) -> int:
         """The largest number of grid steps that takes at most `calls` network calls."""
         check_calls(calls, self.calls(1), self)
-        steps = max(1, calls // max(self.card.calls_per_step, 1))
-        while self.calls(steps + 1) <= calls:
-            steps += 1
-        while self.calls(steps) > calls:
-            steps -= 1
-        return steps
+        return bisect_right(range(1, calls + 1), calls, key=self.calls)  # a step takes a call or more
 
     def solve(
         self,

@@ -22,12 +22,12 @@ def multistep_table(
     grid: Grid,
     *,
     order: int,
-    corrector: int = 0,
-    stored: str = "data",
-    variable: str = "lam",
-    tau: Tau = 0.0,
-    rule: str = "exact",
-    name: str = "exponential",
+    corrector: int,
+    stored: str,
+    variable: str,
+    tau: Tau,
+    rule: str,
+    name: str,
 ) -> Tableau:
     """Predictor of the given order, optionally followed by a corrector of order `corrector` that uses the new
     output; one call a step (PEC).
@@ -39,7 +39,7 @@ def multistep_table(
     """
     first = int(torch.isinf(grid.lam[0]))
     last = len(grid) - int(torch.isinf(grid.lam[-1]))
-    steps, width = len(grid), max(order, corrector)
+    steps, width = len(grid), _memory(order, corrector)
     keep, noise = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
     predict, correct = (
         torch.zeros(steps, width, dtype=torch.float64),
@@ -48,12 +48,10 @@ def multistep_table(
     options = {"stored": stored, "variable": variable, "tau": tau, "rule": rule}
     for p, rows in _by_order(first, last, order):  # step k -> k + 1 from outputs k, k - 1, ...
         keep[rows], predict[rows, :p], noise[rows] = _steps(sde, grid.t, rows, range(0, -p, -1), options)
-    for p, rows in _by_order(
-        first, last, corrector
-    ):  # step k - 1 -> k from outputs k, k - 1, ...: applied in row k
-        before = rows[rows > first] - 1
-        if corrector and p > 1 and len(before):
-            correct[before + 1, :p] = _steps(sde, grid.t, before, range(1, 1 - p, -1), options)[1]
+    for p, rows in _by_order(first, last, corrector) if corrector else ():
+        corrected = rows[rows > first]  # step k - 1 -> k from outputs k, k - 1, ...: applied in row k
+        if len(corrected):
+            correct[corrected, :p] = _steps(sde, grid.t, corrected - 1, range(1, 1 - p, -1), options)[1]
     mix = predict.clone()
     if corrector:
         corrected = torch.arange(first + 1, max(first + 1, last))
@@ -66,12 +64,16 @@ def multistep_table(
     return Tableau(grid.t, skip, out, keep, mix, noise, name)
 
 
+def _memory(order: int, corrector: int) -> int:
+    """How many outputs a row uses; with a corrector also those of the prediction that it takes back."""
+    return max(order + 1, corrector) if corrector else order
+
+
 def _by_order(first: int, last: int, order: int) -> list[tuple[int, Tensor]]:
     """Rows grouped by the order that the outputs since `first` allow."""
     ramp = [(p, torch.tensor([first + p - 1])) for p in range(1, order) if first + p - 1 < last]
     start = first + order - 1
-    full = torch.arange(start, max(start, last)) if order else torch.arange(0)
-    return [*ramp, *([(order, full)] if len(full) else [])]
+    return [*ramp, *([(order, torch.arange(start, last))] if start < last else [])]
 
 
 def _steps(
@@ -92,7 +94,7 @@ class Exponential:
     rule      "exact" | "bh1" | "bh2" | "half3" | "backward" | "adams", see `step_weights`
     """
 
-    order: int = 2
+    order: int
     corrector: int = 0
     stored: str = "data"
     variable: str = "lam"
@@ -130,8 +132,9 @@ class Exponential:
         return callable(self.tau) or self.tau > 0
 
     def card(self, reference: str) -> Card:
-        """What exact integration gives; published rules lower the order to that of two nodes."""
-        order = max(self.order, self.corrector)
+        """What exact integration gives: a corrector reads an output at a predicted state, which is right to
+        one order more than the predictor; published rules lower the order to that of two nodes."""
+        order = min(self.corrector, self.order + 1) if self.corrector else self.order
         if self.rule in ("half3", "backward", "adams"):
             order = min(order, 2)
         properties = {
@@ -140,7 +143,7 @@ class Exponential:
             "scale_covariant": self.stored != "velocity",
         }
         declared = frozenset(key for key, holds in properties.items() if holds)
-        memory = max(self.order, self.corrector)
+        memory = _memory(self.order, self.corrector)
         if self.stochastic:
             return Card(None, min(2, order), 1, True, reference, declared, memory=memory)
         return Card(order, None, 1, False, reference, declared, memory=memory)
