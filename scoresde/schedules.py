@@ -151,9 +151,7 @@ class Cosine:
         c = -torch.expm1(-B / 2)  # = 2 sin^2(d/2) + tan(u0) sin(d); a quadratic in w = tan(d/2)
         slope = math.tan(self._start)
         root = (slope**2 + c * (2 - c)).sqrt()
-        w = c / (slope + root).clamp_min(torch.finfo(torch.float64).tiny)
-        late = 1 - (((-B / 2).exp() * math.cos(self._start)).asin() - self._gap) / self._rate
-        return torch.where(c < 0.3, 2 * w.atan() / self._rate, late)
+        return 2 * (c / (slope + root).clamp_min(torch.finfo(torch.float64).tiny)).atan() / self._rate
 
 
 @dataclass(frozen=True)

@@ -379,6 +379,12 @@ def test_betas_that_round_to_one() -> None:
     close(chain.sde().B(1.0), VPSDE(0.1, 200.0).B(1.0), rtol=1e-15)
 
 
+def test_log_alphas_are_kept_in_float64() -> None:
+    chain = DDPM.from_log_alphas(torch.tensor([-0.5, -0.25]))
+    assert chain.log_alphas.dtype == chain.betas.dtype == torch.float64
+    assert chain.times.tolist() == [0.5, 1.0]
+
+
 def test_gradients_reach_a_learned_schedule() -> None:
     schedule = Learned(hidden=3)
     discretize(VPSDE(schedule=schedule), 5).betas.sum().backward()

@@ -23,6 +23,7 @@ from scoresde.schedules import (
     Tabulated,
     beta_table,
     tabulated_betas,
+    unit_interval,
     wide,
 )
 from scoresde.sde import VPSDE
@@ -288,15 +289,19 @@ def test_times_of_other_dtypes_are_refused(dtype: torch.dtype) -> None:  # FAULT
         lambda: Linear(0.1, math.inf),
         lambda: Linear(math.inf, 1.0),
         lambda: Cosine(-0.1),
-        lambda: Cosine(0.008, 11.0),
+        lambda: Cosine(0.008, 10.0),
+        lambda: Cosine(0.008, -700.0),
         lambda: Cosine(0.008, -math.inf),
         lambda: Cosine(math.nan),
         lambda: Sigmoid(1.0, 1.0),
         lambda: Sigmoid(tau=0.0),
         lambda: Sigmoid(tau=-1.0),
         lambda: Sigmoid(tau=0.001),
-        lambda: Sigmoid(log_snr_min=-800.0),
+        lambda: Sigmoid(-1.0, 500.0),
+        lambda: Sigmoid(-500.0, 1.0),
+        lambda: Sigmoid(log_snr_min=-700.0),
         lambda: Sigmoid(log_snr_min=10.0),
+        lambda: Tabulated(()),
         lambda: Tabulated((0.0,)),
         lambda: Tabulated((0.1, 0.2)),
         lambda: Tabulated((0.0, 0.2, 0.2)),
@@ -315,6 +320,65 @@ def test_times_of_other_dtypes_are_refused(dtype: torch.dtype) -> None:  # FAULT
 def test_errors_say_what_was_expected(make) -> None:  # FAULTS F10
     with pytest.raises(ValueError, match=r"expected .*found"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Linear("1", 2.0), "beta_min: expected a number, found '1'"),
+        (lambda: Linear(1.0, None), "beta_max: expected a number, found None"),
+        (lambda: Cosine("1"), "s: expected a number"),
+        (lambda: Cosine(0.1, "1"), "log_snr_min: expected a number"),
+        (lambda: Sigmoid("1"), "start: expected a number"),
+        (lambda: Sigmoid(end="1"), "end: expected a number"),
+        (lambda: Sigmoid(tau="1"), "tau: expected a number"),
+        (lambda: Sigmoid(log_snr_min="1"), "log_snr_min: expected a number"),
+        (lambda: Learned("1"), "log_snr_max: expected a number"),
+        (lambda: Learned(1.0, "1"), "log_snr_min: expected a number"),
+        (lambda: wide("0.5"), "time: expected a number, found '0.5'"),
+        (lambda: Tabulated("012"), "expected the numbers .* as nodes, found '012'"),
+        (lambda: Tabulated(2.0), "expected the numbers .* as nodes, found 2.0"),
+        (lambda: beta_table("0.1"), "expected a table of numbers as betas, found '0.1'"),
+    ],
+)
+def test_what_is_no_number_is_refused(unchecked: None, make, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        make()
+
+
+def test_hidden_is_a_whole_number(unchecked: None) -> None:
+    with pytest.raises(ValueError, match="a whole number hidden >= 1"):
+        Learned(hidden=2.0)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), Sigmoid()], ids=name)
+def test_schedules_end_at_one(schedule: Cosine | Sigmoid) -> None:
+    """But for rounding; where values cannot be looked at, the caller is believed."""
+    assert schedule.B(f64(1 + 1e-9)).isfinite() and schedule.beta(f64(1 + 1e-9)).isfinite()
+    for quantity in (schedule.B, schedule.beta):
+        with pytest.raises(ValueError, match=r"expected times t <= 1, where .* ends, found 1\.0+15"):
+            quantity(f64(0.5, 1 + 1.5e-9))
+        assert quantity(torch.full((3,), 2.0, dtype=torch.float64, device="meta")).shape == (3,)
+        mapped = torch.func.vmap(quantity)(f64(0.1, 0.9))
+        torch.testing.assert_close(mapped, quantity(f64(0.1, 0.9)))
+
+
+def test_checks_are_left_out_of_a_trace(unchecked: None) -> None:
+    checked = torch.compile(unit_interval, fullgraph=True, backend="eager")
+    assert checked(f64(0.5)).equal(f64(0.5))
+
+
+def test_tables_follow_times_to_their_device() -> None:
+    schedule, away = tabulated_betas([0.1, 0.2]), torch.full((3,), 0.3, dtype=torch.float64, device="meta")
+    for value in (schedule.B(away), schedule.beta(away), schedule.time(away)):
+        assert value.device.type == "meta" and value.shape == (3,)
+
+
+@pytest.mark.parametrize("log_snr_min", [-699.0, -0.5, 0.0, 3.0, 9.5])
+def test_log_snr_ends_where_stated_also_where_signal_is_left(log_snr_min: float) -> None:
+    for schedule in (Cosine(0.1, log_snr_min), Sigmoid(log_snr_min=log_snr_min)):
+        close_to = VPSDE(schedule=schedule).log_snr(f64(1.0)).item()
+        assert close_to == pytest.approx(log_snr_min, rel=1e-12, abs=1e-12)
 
 
 def test_extreme_but_legal_arguments() -> None:

@@ -198,6 +198,31 @@ def test_bridge_from_the_noiseless_end_is_the_data(sde: LinearSDE) -> None:
         assert mean == x_0 and std == 0
 
 
+@over_sdes
+def test_no_time_from_the_noiseless_end_and_to_the_signalless_one(sde: LinearSDE) -> None:
+    x_0, x_t = f64(0.3), f64(-2.0)
+    for t in (0.0, sde.t_min, 0.5, sde.t_max):
+        mean, std = sde.bridge(x_0, x_t, t, t)
+        assert mean.equal(x_t) and std == 0
+        a, noise = sde.transition(t, t)
+        assert a == 1 and noise == 0
+
+
+def test_scales_share_no_memory_with_times() -> None:
+    for sde in EXAMPLES:
+        t = f64(0.25, 0.5)
+        for quantity in (sde.alpha, sde.sigma, sde.log_snr):
+            quantity(t).zero_()
+        assert t.tolist() == [0.25, 0.5]
+
+
+def test_rectified_ends_at_one() -> None:
+    sde = Rectified()
+    for quantity in (sde.alpha, sde.sigma, sde.log_snr, sde.rates):
+        with pytest.raises(ValueError, match="expected times t <= 1"):
+            quantity(1.01)
+
+
 def test_default_kernels_follow_from_the_scales() -> None:
     """What a new SDE inherits: the ratio of alphas."""
     close(LinearSDE.scale(VPSDE(), 0.2, 0.6), VPSDE().scale(0.2, 0.6))
@@ -288,6 +313,18 @@ def test_wrong_shapes_and_orders_are_refused() -> None:
             one.bridge(x, x, f64(0.1, 0.3, 0.1), 0.2)
 
 
+def test_other_things_are_refused(unchecked: None) -> None:
+    with pytest.raises(TypeError, match=r"expected a tensor as state, found 2\.0"):
+        VPSDE().marginal(2.0, 0.5)  # pyright: ignore[reportArgumentType]
+    for wrong in (0.1, "linear"):
+        with pytest.raises(TypeError, match="expected a schedule with B, beta and time"):
+            VPSDE(schedule=wrong)  # pyright: ignore[reportArgumentType]
+    for make in (VESDE, EDM):
+        for ends in (("1", 2.0), (1.0, None)):
+            with pytest.raises(TypeError, match=r"sigma_m..: expected a number, found"):
+                make(*ends)
+
+
 def test_checks_wait_for_no_device_and_no_trace() -> None:
     assert clock(torch.tensor(-1.0, device="meta")).device.type == "meta"
     values = torch.func.vmap(VPSDE().alpha)(f64(0.1, 0.5))
@@ -317,6 +354,7 @@ def test_prior(sde: LinearSDE, device: torch.device, dtype: torch.dtype) -> None
 def test_repr() -> None:
     assert repr(VPSDE()) == "VPSDE(schedule=Linear(beta_min=0.1, beta_max=20.0))"
     assert repr(SubVPSDE.from_betas([0.1] * 41)) == "SubVPSDE(schedule=Tabulated(<41 steps>))"
+    assert repr(VPSDE.from_betas([0.1] * 40)).startswith("VPSDE(schedule=Tabulated(nodes=(0.0, 0.105")
     assert repr(VPSDE(schedule=Tabulated((0.0, 0.5)))) == "VPSDE(schedule=Tabulated(nodes=(0.0, 0.5)))"
     assert repr(VPSDE(0.5, 3.0).schedule) == repr(Linear(0.5, 3.0))
     assert VPSDE(schedule=Cosine()).schedule == Cosine()
