@@ -16,7 +16,7 @@ from test_sde import GaussianModel, close
 
 from scoresde.ddpm import DDPM, discretize
 from scoresde.schedules import Learned, Linear, Schedule, Tabulated
-from scoresde.sde import VPSDE, SubVPSDE
+from scoresde.sde import EDM, VPSDE, SubVPSDE
 from scoresde.testing.strategies import beta_tables, linears, schedules
 
 
@@ -370,6 +370,8 @@ def test_wrong_words_and_tables(unchecked: None) -> None:
             DDPM.from_log_alphas(wrong)
     with pytest.raises(TypeError, match="expected a VP-SDE"):
         SubVPSDE().betas(10)
+    with pytest.raises(TypeError, match="expected a VP-SDE to discretize, found EDM"):
+        discretize(EDM(), 10)  # pyright: ignore[reportArgumentType]
 
 
 def test_betas_that_round_to_one() -> None:

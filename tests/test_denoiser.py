@@ -22,6 +22,7 @@ from scoresde.denoiser import (
     BaseDenoiser,
     Denoiser,
     Karras,
+    some_rows,
     view,
 )
 from scoresde.schedules import Learned, tabulated_betas
@@ -226,9 +227,10 @@ def test_karras_has_unit_variances_at_any_alpha(sde, share: float, sigma_data: f
 
 def test_karras_default_and_repr() -> None:
     assert repr(Karras()) == "Karras(sigma_data=0.5)" and repr(NOISE) == "noise"
-    for wrong in (0.0, -1.0, math.nan):
+    for wrong in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="expected sigma_data > 0, found"):
             Karras(wrong)
+    assert Karras().name == "Karras" and Karras().config == (("sigma_data", 0.5),)
 
 
 def test_only_karras_scales_its_input() -> None:
@@ -360,6 +362,13 @@ def test_labels_between_nodes_and_without_a_table() -> None:
         close(model.network.seen[0][1], t * steps - 1, rtol=1e-14)
 
 
+def test_labels_are_rounded_by_rounding_only() -> None:
+    model = watched(VPSDE(), "index")
+    model(torch.zeros(2, 1), f64(0.5 + 0.5e-14, 0.5 + 1.5e-14))
+    near, off = model.network.seen[0][1].tolist()
+    assert near == 499 and off == (0.5 + 1.5e-14) * 1000 - 1 != 499
+
+
 @over_sdes
 def test_time_and_log_snr_labels(sde) -> None:
     t = f64(0.02, 0.4, 0.9)
@@ -413,6 +422,14 @@ def test_rows_are_forward(predicts, sde) -> None:
         close(rows.evaluate(x, k), model.raw(x, t), rtol=1e-14)
 
 
+def test_a_state_that_needs_no_change_is_not_copied() -> None:
+    x = torch.ones(2, 1, dtype=torch.float64)
+    for predicts, same in ((DATA, True), (Karras(), False)):
+        model = Denoiser(Recorder().double(), VPSDE(), predicts)
+        model.rows(f64(0.5, 0.2), x).evaluate(x, 1)
+        assert (model.network.seen[-1][0] is x) == same
+
+
 def test_rows_of_a_denoiser_without_a_network() -> None:
     law = GaussianModel(VPSDE())
     x, times = state(law.sde, 0.5), f64(0.9, 0.1)
@@ -443,6 +460,28 @@ def test_conditions_reach_the_network() -> None:
     given.noise(x, 0.5, scale=3.0)
     given.given(scale=3.0)(x, 0.5)
     assert all(cond == {"label": label, "scale": 3.0} for *_, cond in model.network.seen[-3:])
+
+
+class Half:
+    """Knows itself what some rows of it are."""
+
+    def narrowed(self, rows, batch):
+        return ("half", rows, batch)
+
+
+def test_conditions_are_cut_with_the_batch() -> None:
+    """Tensors with one entry a sample, and what can cut itself; all else stays whole."""
+    rows, number = torch.tensor([2, 0]), torch.tensor(7.0)
+    label, wide_, other = torch.arange(3), torch.arange(6.0).view(3, 2), torch.arange(2)
+    assert some_rows(label, rows, 3).tolist() == [2, 0]
+    assert some_rows(wide_, slice(1, 2), 3).tolist() == [[2.0, 3.0]]
+    assert some_rows(number, rows, 1) is number and some_rows(other, rows, 3) is other
+    assert some_rows(Half(), rows, 3) == ("half", rows, 3) and some_rows("word", rows, 3) == "word"
+    model = watched(VPSDE(), "t")
+    assert model.narrowed(rows, 3) is model
+    model.given(label=label, scale=2.0).given(other=other).narrowed(rows, 3)(torch.zeros(2, 1), 0.5)
+    cond = model.network.seen[-1][2]
+    assert cond["label"].tolist() == [2, 0] and cond["scale"] == 2.0 and cond["other"] is other
 
 
 def test_conditioned_views_are_those_of_the_model() -> None:
@@ -494,6 +533,14 @@ def test_networks_that_return_no_tensor_are_refused() -> None:
 
     with pytest.raises(ValueError, match="found tuple"):
         Denoiser(Pair(), VPSDE())(torch.zeros(3, 2), 0.5)
+
+
+def test_networks_and_processes_are_told_from_other_things(unchecked) -> None:
+    for wrong in ((3.0, VPSDE()), (Same(), 3.0), (Same(), VPSDE)):
+        with pytest.raises(TypeError, match="expected a network and an SDE, found"):
+            Denoiser(*wrong)
+    with pytest.raises(TypeError, match="sigma_data: expected a number, found 'one'"):
+        Karras("one")  # pyright: ignore[reportArgumentType]
 
 
 def test_words() -> None:

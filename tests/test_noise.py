@@ -6,6 +6,7 @@ most ALPHA: bounds are Hoeffding's, Dvoretzky-Kiefer-Wolfowitz's or exact laws, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import resource
 import time
@@ -365,6 +366,18 @@ def test_small_and_empty(device, dtype, shape):
         (lambda: Noise.of(0, torch.ones(2, 1, dtype=torch.int64)), ValueError, r"shape \(B,\)"),
         (lambda: Noise.of(0, batch=1, dtype=torch.int64), TypeError, "floating"),
         (lambda: Noise.of(0, batch=1, dtype=torch.complex64), TypeError, "floating"),
+        (lambda: Noise.of(0, [-(2**63) - 1]), ValueError, "sample id"),
+        (lambda: Noise.of(0, 3.0), TypeError, "a sequence or an int64 tensor of sample ids, found 3.0"),
+        (lambda: Noise(0, torch.zeros(1).long(), "cpu", "float32"), TypeError, "found 'float32'"),
+        (lambda: Noise.of(0, batch=1, offset=2**63), ValueError, "<= offset <"),
+        (lambda: Noise.of(0, batch=1).shift(-(2**63) - 1), ValueError, "<= rows <"),
+        (lambda: Noise.of(0, batch=1)(-(2**63) - 1, (1,)), ValueError, "<= row <"),
+        (lambda: Noise.of(0, batch=1)(2**63, (1,)), ValueError, "<= row <"),
+        (lambda: BrownianPath(3, (2,), 0.0, 1.0), TypeError, "a Noise as the source of a path, found 3"),
+        (lambda: path_of().noise([0.0, 0.5, 1.0]).shift(3), ValueError, "<= offset <"),
+        (lambda: path_of().noise([0.0, 0.5]).shift(-(2**63) - 1), ValueError, "<= rows <"),
+        (lambda: path_of().noise([0.0, 0.5])(-(2**63) - 1, (2, 3)), ValueError, "<= row <"),
+        (lambda: path_of().noise([0.0, 0.5])(2**63, (2, 3)), ValueError, "<= row <"),
         (lambda: Noise.of(0, batch=1, offset=-1), ValueError, "offset"),
         (lambda: Noise.of(0, batch=1).shift(-1), ValueError, "offset"),
         (lambda: Noise.of(0, batch=1).shift(2**63), ValueError, "rows"),
@@ -404,6 +417,80 @@ def test_small_and_empty(device, dtype, shape):
 def test_errors_say_what_was_found(unchecked, call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_the_ends_of_what_is_allowed():
+    assert Noise.of(-(2**63), [2**63 - 1, -(2**63)], offset=2**63 - 1)(0, (2, 3)).isfinite().all()
+    assert Noise.of(2**64 - 1, batch=0)(2**63 - 1, (0, 3)).shape == (0, 3)
+    assert Noise.of(0, batch=1, offset=2**63 - 1).shift(-(2**63) + 1).offset == 0
+    assert path_of(depth=4).noise([0.5, 0.5625])(0, (2, 3)).isfinite().all()  # one cell
+    ended = path_of().noise([0.0, 0.5, 1.0]).shift(2)
+    assert torch.equal(ended(-1, (2, 3)), path_of().noise([0.0, 0.5, 1.0])(1, (2, 3)))
+
+
+def test_noises_are_themselves_and_cannot_be_changed():
+    noise, path = Noise.of(3, batch=2), path_of()
+    for one, other in ((noise, Noise.of(3, batch=2)), (path, path_of())):
+        assert one == one and one != other and hash(one) != hash(other)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            one.seed = 4
+    assert repr(noise) == (
+        "Noise(seed=3, ids=tensor([0, 1]), device=device(type='cpu'), dtype=torch.float32, offset=0)"
+    )
+    assert repr(path).endswith("shape=(2, 3), start=0.0, stop=1.0, depth=48)")
+    for row in range(3):
+        noise(row, (2, 3))
+    for seed in (3, 5):  # what was made ahead stays behind
+        other = dataclasses.replace(noise, seed=seed)
+        assert torch.equal(other(3, (2, 3)), Noise.of(seed, batch=2)(3, (2, 3)))
+
+
+def test_sizes_of_what_is_made_at_once(monkeypatch):
+    """Blocks of 2^17 pairs on the CPU and 2^24 elsewhere, shared by the streams; at most 2^16 numbers and
+    2^8 rows ahead."""
+    sizes, plain, made, original = [], module._box_muller, [], Noise._normals
+
+    def box_muller(words):
+        sizes.append(tuple(words.shape))
+        return plain(words)
+
+    def normals(self, row, shape):
+        made.append(len(row) if isinstance(row, torch.Tensor) else 1)
+        return original(self, row, shape)
+
+    monkeypatch.setattr(module, "_box_muller", box_muller)
+    for device, batch, elements, known in (
+        ("cpu", 1, 2**18 + 9, [2**17, 5]),
+        ("cpu", 4, 2**16 + 9, [2**15, 5]),
+        ("meta", 1, 2**25 + 9, [2**24, 5]),
+        ("cpu", 2**17 + 1, 3, [1, 1]),
+    ):
+        sizes.clear()
+        Noise.of(0, batch=batch, device=device)(0, (batch, elements))
+        assert sizes == [(batch, size) for size in known]
+    monkeypatch.setattr(Noise, "_normals", normals)
+    noise = Noise.of(0, batch=1)
+    for row in range(341 + 256):
+        noise(row, (1, 1))
+    assert made == [1, 4, 16, 64, 256, 256]
+    made.clear()
+    for row in range(9):
+        noise(row, (1, 2**14))
+    assert made == [1, 4, 4]
+
+
+def test_rows_in_order_cost_one_query_each(monkeypatch):
+    asked, plain = [], BrownianPath._value
+
+    def value(self, c):
+        asked.append(c)
+        return plain(self, c)
+
+    monkeypatch.setattr(BrownianPath, "_value", value)
+    noise = path_of().noise([0.0, 0.25, 0.5, 1.0])
+    for row in range(3):
+        noise(row, (2, 3))
+    assert asked == [0.0, 0.25, 0.5, 1.0]
 
 
 def path_of(batch=2, start=0.0, stop=1.0, depth=48, seed=0):

@@ -4,13 +4,17 @@ nothing left behind.
 
 from __future__ import annotations
 
+import cmath
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
+import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import protocol
@@ -372,6 +376,70 @@ def test_steps_are_whole_numbers(steps, unchecked) -> None:
         sample(Normal(), (2, 2), solvers.ddpm(), steps=steps)
 
 
+@pytest.mark.parametrize("turn", [sample, encode, decode])
+def test_what_does_not_fit_is_named(turn, unchecked) -> None:
+    state: Any = (2, 3) if turn is sample else torch.zeros(2, 3)
+    fits = {"model": Normal(), "solver": solvers.ddim(), "grid": None, "condition": None, "callback": None}
+    cases = [
+        ("model", nn.Linear(1, 1), "expected a denoiser as model, such as"),
+        ("solver", "ddim", "expected a solver object such as"),
+        ("solver", solvers.ddim, "expected a solver object such as"),
+        ("solver", TableSolver, "expected a solver object such as"),
+        ("condition", ["shift"], "expected a mapping from names to values as condition, found"),
+        ("callback", 3, "expected a function of a Step as callback, found 3"),
+        ("grid", "karras", "expected a function such as grids.karras, a Grid, or .* found 'karras'"),
+    ]
+    for name, wrong, words in cases:
+        given = {**fits, name: wrong}
+        with pytest.raises(TypeError, match=words):
+            turn(given.pop("model"), state, given.pop("solver"), **given)
+    if turn is sample:
+        for wrong in ("gpu7", 2.5, [1]):
+            with pytest.raises(ValueError, match="expected a device such as 'cpu' or 'cuda:0', found"):
+                sample(Normal(), state, solvers.ddim(), device=wrong)
+        with pytest.raises(ValueError, match=r"expected a shape .*, found 3"):
+            sample(Normal(), 3, solvers.ddim())
+        return
+    for wrong, kind, words in (
+        ([[1.0]], TypeError, "expected a tensor of shape"),
+        (torch.zeros(2, 3).int(), TypeError, "expected a floating state"),
+        (torch.zeros(3), ValueError, r"expected a state of shape \(batch, \.\.\.\), found \(3,\)"),
+    ):
+        with pytest.raises(kind, match=words):
+            turn(Normal(), wrong, solvers.ddim())
+    assert turn(Normal(), state, solvers.ddim()).network_calls == 20
+
+
+def test_a_start_far_from_the_prior_is_told() -> None:
+    """KL(N(alpha, sigma^2) || N(0, prior_std^2)) above 1e-3, x_0 = 1."""
+
+    def gap(sde: LinearSDE, t: float) -> float:
+        signal, noise = float(sde.alpha(t) / sde.prior_std) ** 2, float(sde.sigma(t) / sde.prior_std) ** 2
+        return 0.5 * (signal + noise - 1 - math.log(noise))
+
+    def start(sde: LinearSDE, level: float) -> float:
+        low, high = 1e-3 * sde.t_max, sde.t_max
+        for _ in range(60):
+            low, high = (
+                ((low + high) / 2, high) if gap(sde, (low + high) / 2) > level else (low, (low + high) / 2)
+            )
+        return low
+
+    for sde in (VP, EDM()):
+        for level, warns in ((1.5e-3, True), (0.9e-3, False)):
+            t = start(sde, level)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                sample(Normal(sde), (1, 1), solvers.ddim(), grid=torch.tensor([t, 0.5 * t]).double())
+            assert len(told) == warns
+            if warns:
+                words = f"starts at t = {t:g} .* alpha = {float(sde.alpha(t)):.3g}, .* of 0.0015 nats"
+                assert re.search(words, str(told[0].message)) and told[0].category is UserWarning
+    grid = torch.tensor([1e-200, 1e-201], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="inf nats"):
+        sample(Normal(SubVPSDE()), (1, 1), solvers.ddim(), grid=grid)
+
+
 def test_condition_is_passed_on() -> None:
     model = Denoiser(Pixelwise(), VP, "data")
     shift = torch.full((2, 3), 0.25)
@@ -439,6 +507,37 @@ def test_progress_bar(capsys) -> None:
         sample(model, (2, 2), solvers.ddim(), steps=5, progress=True, callback=lambda step: 1 / 0)
     assert sample(model, (2, 2), solvers.ddim(), progress=False).network_calls == 20
     assert "step" not in capsys.readouterr().out
+
+
+def test_what_the_bar_is_told(monkeypatch) -> None:
+    """One tick a call, out of the calls to come; the bar does not stay."""
+    told: list[Any] = []
+
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            told.append(options)
+            self.n = 0
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            told.append("gone")
+
+        def update(self, by: int) -> None:
+            self.n += by
+            told.append(self.n)
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    sample(Normal(), (2, 2), solvers.ddim(), steps=3, progress=True)
+    assert told == [{"total": 3, "unit": "call", "leave": False}, 1, 2, 3, "gone"]
+    told.clear()
+    other = next(s for s in protocol.examples().values() if not hasattr(s, "calls"))
+    sample(Normal(), (2, 2), other, steps=3, progress=True)
+    assert told[0]["total"] is None and told[1:3] == [1, 2]
+    told.clear()
+    sample(Normal(), (2, 2), solvers.ddim(), steps=3)
+    assert told == []
 
 
 # Failing networks
@@ -626,6 +725,23 @@ def test_slerp_without_an_angle():
     for wrong in ((a, b[:2], 0.5), (a[0], b[0], 0.5), (a, b, torch.zeros(2, 2))):
         with pytest.raises(ValueError, match="expected"):
             slerp(*wrong)
+
+
+def test_slerp_of_very_small_angles():
+    """The great circle from 1e-6 on; rounding never takes the cosine out of its range."""
+
+    def turned(theta: float) -> tuple[Tensor, Tensor]:
+        return (
+            torch.tensor([[v.real, v.imag]], dtype=torch.float64) for v in (1 + 0j, cmath.exp(1j * theta))
+        )
+
+    a, b = turned(1.5e-6)
+    assert abs(float(slerp(a, b, 0.5).norm()) - 1) < 1e-14  # the straight line is 2.8e-13 shorter
+    a, b = turned(0.5e-6)
+    assert torch.equal(slerp(a, b, 0.25), 0.75 * a + 0.25 * b)
+    a = torch.randn(200, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for factor in (3.0, -3.0):
+        torch.testing.assert_close(slerp(a, factor * a, 0.25), (0.75 + 0.25 * factor) * a)
 
 
 def test_encode_slerp_decode():

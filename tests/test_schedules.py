@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import pickle
@@ -246,6 +247,14 @@ def test_copies_are_equal(schedule: Schedule) -> None:
     t = f64(0.1, 0.77)
     for twin in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
         assert twin.B(t).equal(schedule.B(t))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("schedule", [e for e in EXAMPLES if not isinstance(e, Learned)], ids=name)
+def test_schedules_are_values(schedule: Schedule) -> None:
+    twin = copy.deepcopy(schedule)
+    assert twin == schedule and hash(twin) == hash(schedule) and "_tables" not in repr(schedule)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        twin.beta_min = 1.0  # pyright: ignore
 
 
 # Arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -359,6 +360,13 @@ def test_repr() -> None:
     assert repr(VPSDE(0.5, 3.0).schedule) == repr(Linear(0.5, 3.0))
     assert VPSDE(schedule=Cosine()).schedule == Cosine()
     assert VPSDE.from_betas([0.1, 0.2]).schedule == tabulated_betas([0.1, 0.2])
+
+
+def test_processes_are_values() -> None:
+    for sde in (VESDE(), EDM(), Rectified(), VPSDE().reverse(GaussianModel(VPSDE()))):
+        assert hash(sde) == hash(dataclasses.replace(sde)) and sde == dataclasses.replace(sde)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            sde.sigma_min = 1.0  # pyright: ignore
 
 
 # Reverse SDE
