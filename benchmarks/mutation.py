@@ -69,6 +69,8 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 ELSEWHERE = {"solvers": ("adaptive", "langevin", "external", "variance")}  # files that are another module's
 
+SYMMETRIC = ("max", "min", "torch.maximum", "torch.minimum")  # to swap their arguments is no mistake
+
 ARITHMETIC = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -286,7 +288,8 @@ def _changes(node: ast.AST, scope: set[str]) -> Iterator[tuple[str, Change]]:
         case ast.Expr():
             yield "statement dropped", lambda n: ast.Pass()
         case ast.Call():
-            if len(node.args) >= 2 and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
+            swappable = ast.unparse(node.func) not in SYMMETRIC and len(node.args) >= 2
+            if swappable and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
                 yield "arguments swapped", lambda n: _with(n, args=[n.args[1], n.args[0], *n.args[2:]])
             if isinstance(node.func, ast.Attribute) and node.func.attr in DROPPED and not node.keywords:
                 inner = _operand(node)
