@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import protocol
@@ -21,7 +22,9 @@ from scoresde.sde import EDM, VPSDE, LinearSDE, Rectified
 from scoresde.solvers import base
 from scoresde.solvers.base import Card, Samples, TableSolver, _mark_first_bad
 from scoresde.solvers.catalogue import CardTable, examples, parse
+from scoresde.solvers.exponential import Exponential
 from scoresde.solvers.reversible import reversible
+from scoresde.solvers.weights import STORED
 from scoresde.tableau import Tableau
 from scoresde.testing import orders
 from scoresde.testing.solver_checks import check_point_mass
@@ -230,6 +233,29 @@ def test_the_model_is_evaluated_and_then_as_it_was(solver: Any) -> None:
     assert not model.part.training
 
 
+def test_the_start_belongs_to_the_caller() -> None:
+    """A network may write into its input, and always gets a dense one."""
+    dense = []
+
+    class Writing(Wavy):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            dense.append(x.is_contiguous())
+            return x.zero_() + 0.5
+
+    x = torch.ones(3, 2, dtype=F64)
+    for start in (x, torch.stack([x, -x], -1)[..., 0], x[:1].expand(3, 2)):
+        solvers.ddim().solve(Writing(VP), start, regular(VP, 2))
+    assert bool((x == 1).all()) and dense == [True] * 6
+
+
+def test_results_and_cards_do_not_change() -> None:
+    for value in (Samples(torch.zeros(1), 3, 0.5), solvers.ddim().card, solvers.ddim(), reversible(),
+                  Exponential(2), STORED["data"]):  # fmt: skip
+        first = fields(value)[0].name
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, first, getattr(value, first))
+
+
 @pytest.mark.parametrize("solver", [solvers.ddim(), reversible(1)], ids=repr)
 def test_seconds_are_those_of_the_whole_run(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that ticks whenever it is asked, and the model takes 100 s a call."""
@@ -358,6 +384,8 @@ def test_a_run_names_the_sample_that_is_not_finite() -> None:
 
     with pytest.raises(FloatingPointError, match=r"ddim: .* call 1 of 3, t = 0\.\d+; found in samples 2;"):
         solvers.ddim().solve(Broken(VP), torch.ones(4, 2, dtype=F64), regular(VP, 3))
+    with pytest.raises(FloatingPointError, match=r"found in samples 2;"):
+        solvers.ddim().solve(Broken(VP), torch.ones(4, 2, dtype=F64), regular(VP, 3), callback=print)
 
 
 # Single solvers

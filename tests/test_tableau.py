@@ -17,7 +17,7 @@ from scoresde.denoiser import Rows
 from scoresde.laws import Gaussian
 from scoresde.noise import Noise
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
-from scoresde.tableau import FIELDS, Tableau, check_finite, coefficients, join, run
+from scoresde.tableau import FIELDS, Tableau, check_finite, coefficients, join, not_finite, run
 from scoresde.testing.solver_checks import check_point_mass
 
 SDES: dict[str, LinearSDE] = {
@@ -481,3 +481,90 @@ def test_outputs_that_are_not_finite_are_named() -> None:
         F[1, 0] = wrong
         with pytest.raises(FloatingPointError, match=r"call 3 of 5, t = 0\.6.*samples 1;"):
             check_finite(table, 2, x, F)
+
+
+def test_which_samples_are_not_finite() -> None:
+    """The first eight of them."""
+    table = solvers.ddim().tableau(VPSDE(), grids.uniform(VPSDE(), 5))
+    for count, shown in ((1, "0;"), (8, "0, 1, 2, 3, 4, 5, 6, 7;"), (9, "0, 1, 2, 3, 4, 5, 6, 7 ...;")):
+        F = torch.ones(10, 2, 2)
+        F[:count, 1, 1] = math.nan
+        with pytest.raises(FloatingPointError, match=f"at call 1 of 5, t = 1; found in samples {shown}"):
+            check_finite(table, 0, F, F)
+    assert "at call 5 of 5, t = 0.2008; check the model" in str(not_finite(table, 4))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tables_are_compared_by_what_they_are_not_by_equality() -> None:
+    table, twin = Tableau(**GOOD), Tableau(**GOOD)
+    assert table == table and table != twin and len({table, twin}) == 2
+    with pytest.raises(TypeError):
+        table + 3  # pyright: ignore[reportOperatorIssue]
+    for wrong in ("x", None, [[1.0], [2.0, 3.0]]):
+        with pytest.raises(TypeError, match="expected a tensor of numbers as keep, found"):
+            Tableau(**{**GOOD, "keep": wrong})
+    with pytest.raises(ValueError, match="expected shapes"):
+        Tableau(**{**GOOD, "mix": GOOD["mix"][:, 0]})
+    with pytest.raises(TypeError, match="whose output law is Gaussian too, found 3"):
+        table.law(3, VPSDE())  # pyright: ignore[reportArgumentType]
+
+
+def test_repr_of_long_tables_leaves_out_the_middle() -> None:
+    for rows, shown in ((12, range(12)), (13, [*range(5), *range(8, 13)]), (20, [*range(5), *range(15, 20)])):
+        lines = repr(random_table(rows, 2, 0)).splitlines()
+        assert lines[0] == f"random: {rows} calls, history 2"
+        assert [line.split()[0] for line in lines[2:]] == [str(k) for k in shown]
+
+
+def test_tables_join_where_times_agree_to_rounding() -> None:
+    first = Tableau(**GOOD)
+    for gap, fits in ((0.7e-12, True), (1.5e-12, False), (-0.7e-12, True), (-1.5e-12, False)):
+        second = Tableau(
+            **{**GOOD, "times": GOOD["times"] - GOOD["times"][0] + GOOD["times"][-1] * (1 + gap)}
+        )
+        if fits:
+            assert len(first + second) == 6 and (first + second).times[3] == second.times[0]
+        else:
+            with pytest.raises(ValueError, match="to start where the one before ends"):
+                first + second
+
+
+def test_what_a_float32_coefficient_hands_on() -> None:
+    """Its rounding, if that is at most 2^-23 of the next one; that to the bit; numbers that float32 has
+    neither take nor end it."""
+    cases = [
+        # what the first loses, the second, what the second becomes
+        (0.9 * 2**-24, 0.46 + 2**-40, 0.46 + 2**-40 + 0.9 * 2**-24),
+        (0.9 * 2**-24, 0.44 + 2**-40, 0.44 + 2**-40),
+        (2**-25 + 2**-52, 2**-2 + 2**-29, 2**-2 + 2**-25),  # equal
+        (0.9 * 2**-24, 0.5, 0.5),
+    ]
+    zero = torch.zeros(2, dtype=torch.float64)
+    for lost, value, expected in cases:
+        keep = torch.tensor([1 + lost, value], dtype=torch.float64)
+        for sign in (1, -1):
+            table = Tableau(torch.tensor([1.0, 0.5, 0.1]), zero, zero, sign * keep, zero[:, None], zero)
+            rows = Rows(lambda x, k: x, [0.0] * 2, [1.0] * 2)
+            found = [row.keep for row in coefficients(table, rows, torch.float32).rows]
+            assert found == [sign * 1.0, sign * float(np.float32(expected))]
+            for dtype in (torch.float64, torch.bfloat16, torch.float16):
+                exact = [row.keep for row in coefficients(table, rows, dtype).rows]
+                assert exact == (sign * keep).tolist()
+
+
+def test_the_executor_refuses_integers_and_takes_a_changed_state() -> None:
+    table, rows = Tableau(**GOOD), Rows(lambda x, k: x.cos(), [0.0] * 3, [1.0] * 3)
+    with pytest.raises(TypeError, match=r"floating state, found torch.int64; scale"):
+        run(table, rows, torch.ones(2, dtype=torch.int64), lambda k, shape: torch.zeros(shape))
+    x, seen = torch.ones(2, dtype=torch.float64), []
+
+    def halved(state: torch.Tensor) -> torch.Tensor | None:
+        seen.append(state / 2)
+        return seen[-1] if len(seen) < 3 else None
+
+    found = run(
+        table, rows, x, lambda k, shape: torch.ones(shape, dtype=torch.float64),
+        before=lambda k, state, F: None if k == 0 else np.testing.assert_array_equal(state, seen[k - 1]),
+        after=halved,
+    )  # fmt: skip
+    assert torch.equal(found, seen[2] * 2)

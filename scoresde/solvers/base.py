@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,13 @@ class Solver(Protocol):
         *,
         noise: NoiseSource | None = None,
         callback: Callback | None = None,
-    ) -> Samples: ...
+    ) -> Samples:
+        """Run from `x` (B, ...) at times[0] to times[-1]."""
+        raise NotImplementedError
 
-    def steps_for(self, calls: int) -> int: ...
+    def steps_for(self, calls: int) -> int:
+        """The largest number of grid steps that takes at most `calls` network calls."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -147,19 +151,18 @@ def execute(
     with torch.no_grad(), evaluating(model):
         x = x.clone()  # dense: kernels round differently on strided and expanded states
         rows = model.rows(table.times[:-1], x)
-        bad = None if x.device.type == "cpu" else torch.full((), len(table), device=x.device)
-        guard = partial(check_finite, table) if bad is None else partial(_mark_first_bad, bad)
+        bad = torch.full((), len(table), device=x.device)
+        guard = partial(check_finite, table) if x.device.type == "cpu" else partial(_mark_first_bad, bad)
         before = guard if callback is None else _Watched(guard, rows, table.times, callback, path)
         result = run(table, rows, x, noise, before=before)
-        if bad is not None and int(bad) < len(table):
+        if int(bad) < len(table):
             raise not_finite(table, int(bad))
     return Samples(
         result, len(table), time.perf_counter() - started, path=tuple(path), end=float(table.times[-1])
     )
 
 
-@dataclass(frozen=True)
-class _Watched:
+class _Watched(NamedTuple):
     """Shows each row to a callback after the guard, and keeps what it returns."""
 
     guard: Callable[[int, Tensor, Tensor], None]
@@ -171,7 +174,7 @@ class _Watched:
     def __call__(self, k: int, x: Tensor, F: Tensor) -> None:
         self.guard(k, x, F)
         a, b = self.rows.a[k], self.rows.b[k]
-        kept = self.callback(Step(k, float(self.times[k]), x, F * b + x * a if a else F * b))
+        kept = self.callback(Step(k, float(self.times[k]), x, F * b + x * a))
         self.path.extend([] if kept is None else [kept])
 
 
