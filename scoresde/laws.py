@@ -219,7 +219,7 @@ class Law:
 
     def _flat(self, x: Tensor) -> Tensor:
         """x (B, *event) as float64 (B, D)."""
-        if not x.is_floating_point() or x.shape[1:] != self._event or x.ndim != 1 + len(self._event):
+        if not x.is_floating_point() or x.shape[1:] != self._event:
             raise ValueError(
                 f"expected floating x of shape (B, {', '.join(map(str, self._event))}),"
                 f" found {x.dtype} of shape {tuple(x.shape)}"
@@ -266,7 +266,7 @@ class Gaussian(Law):
         if spectrum.basis is None:
             return Eigen(None, spectrum.values[0].expand(self.dim).clone())
         if spectrum.floor is None:
-            return Eigen(spectrum.basis[0], spectrum.values[0])
+            return Eigen(spectrum.basis[0].clone(), spectrum.values[0].clone())
         basis = torch.linalg.qr(spectrum.basis[0], mode="complete").Q
         rest = spectrum.floor.expand(self.dim - spectrum.values.shape[1])
         return Eigen(basis, torch.cat((spectrum.values[0], rest)))

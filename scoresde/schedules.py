@@ -322,7 +322,7 @@ class Learned(nn.Module):
         return self.log_snr_max - fall * (self._curve(t) - first) / (last - first)
 
     def B(self, t: Tensor) -> Tensor:
-        return torch.logaddexp(-self.log_snr(t), torch.zeros_like(t))
+        return (-self.log_snr(t)).logaddexp(torch.zeros_like(t))
 
     def beta(self, t: Tensor) -> Tensor:
         bumps = (self.slope.exp() * (t.unsqueeze(-1) - self.center)).sigmoid()

@@ -243,7 +243,7 @@ class VPSDE(LinearSDE):
 
     def time(self, log_snr: Time) -> Tensor:
         negative = -wide(log_snr)
-        return self.schedule.time(torch.logaddexp(negative, torch.zeros_like(negative)))
+        return self.schedule.time(negative.logaddexp(torch.zeros_like(negative)))
 
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
         beta = self.beta(t)

@@ -559,6 +559,81 @@ def test_a_law_keeps_its_own_copy() -> None:
     law.means.add_(1)
     law.mean.add_(1)
     near(law.mean, [0.0, 0.0, 0.0], 0.0)
+    for kind in KINDS:
+        law, _, _, S = make("one " + kind, seed=2)
+        for part in law.eigen():
+            if part is not None:
+                part.zero_()
+        near(law.cov, S[0], 1e-13)
+
+
+def test_a_law_is_what_it_prints() -> None:
+    for kind in (*KINDS, *(f"one {k}" for k in KINDS)):
+        law = make(kind, seed=12)[0]
+        again = eval(repr(law))
+        assert type(again) is type(law) and again._spectrum.kind == law._spectrum.kind
+        near(again.weights, law.weights, 1e-14)
+        near(again.means, law.means, 1e-14)
+        near(again._spectrum.dense(), law._spectrum.dense(), 1e-13)
+    image = Gaussian(torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]))
+    assert repr(image) == "Gaussian([[0.0, 0.0]], [[1.0, 2.0]])"
+    both = Mixture([0.5, 0.5], torch.zeros(2, 1, 2), torch.tensor([[[1.0, 2.0]], [[1.0, 3.0]]]))
+    assert repr(both).endswith("[[[1.0, 2.0]], [[1.0, 3.0]]])")
+    assert repr(Gaussian(1 / 3, 0.1 + 0.2)) == "Gaussian([0.333333333333333], 0.3)"
+
+
+def test_how_much_a_law_prints() -> None:
+    assert repr(Gaussian(torch.zeros(64), 1.0)).startswith("Gaussian([0.0, 0.0")
+    assert repr(Gaussian(torch.zeros(8), torch.eye(8))).startswith("Gaussian([0.0, 0.0")
+    assert repr(Gaussian(torch.zeros(9), torch.eye(9)).to(torch.float32)) == (
+        "Gaussian(event_shape=(9,), cov=full, dtype=torch.float32, device=cpu)"
+    )
+    shown = repr(Gaussian(0.7, 0.25).denoiser(VPSDE()))
+    assert (
+        shown == "ExactDenoiser(Gaussian([0.7], 0.25), VPSDE(schedule=Linear(beta_min=0.1, beta_max=20.0)))"
+    )
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "full", "lowrank"])
+def test_the_mean_of_one_component(kind: str, dtype) -> None:
+    law, _, m, S = make(kind, seed=3)
+    x, k = torch.randn(6, 4, dtype=torch.float64).to(dtype), torch.tensor([0, 1, 2, 2, 1, 0])
+    found = law.denoiser(VPSDE()).of_component(x, 0.3, k)
+    alpha, sigma = VPSDE().alpha(0.3).item(), VPSDE().sigma(0.3).item()
+    alone = [
+        loops(np.ones(1), m[j : j + 1], S[j : j + 1], row, alpha, sigma)[0]
+        for row, j in zip(x.double().numpy(), k.tolist(), strict=True)
+    ]
+    near(found, alone, ROUNDING[dtype])
+    assert found.dtype == dtype
+
+
+def test_two_components_are_both_drawn() -> None:
+    for law in (Mixture([0.5, 0.5], [0.0, 9.0], 0.01), Empirical([0.0, 9.0])):
+        x = law.sample(64, generator=torch.Generator().manual_seed(0))
+        assert 10 < int((x > 4.5).sum()) < 54
+        assert law.sample(0).shape == Gaussian(0.0, 1.0).sample(0).shape == (0, 1)
+
+
+def test_tolerances_of_weights_and_bases() -> None:
+    near(Mixture([0.5, 0.5 + 0.9e-6], [0.0, 1.0], 1.0).weights.sum(), 1.0, 1e-15)
+    with pytest.raises(ValueError, match="sum 1"):
+        Mixture([0.5, 0.5 + 1.5e-6], [0.0, 1.0], 1.0)
+    mean, values = torch.zeros(2), torch.tensor([0.0, 1.0])  # a variance may be 0
+    for off, fits in ((0.9e-8, True), (1.5e-8, False)):
+        basis = torch.diag(torch.tensor([math.sqrt(1 + off), 1.0], dtype=torch.float64))
+        if fits:
+            assert Gaussian.from_eigen(basis, mean, values).variance.tolist() == pytest.approx([0, 1])
+        else:
+            with pytest.raises(ValueError, match="orthonormal"):
+                Gaussian.from_eigen(basis, mean, values)
+
+
+@pytest.mark.parametrize("kind", ["same", "full", "lowrank"])
+def test_log_density_without_noise_is_the_law_s(kind: str) -> None:
+    law = make(kind, seed=3)[0]
+    x = torch.randn(5, 4, dtype=torch.float64)
+    near(law.denoiser(VPSDE()).log_prob(x, 0.0), law.log_prob(x), 1e-13)
 
 
 def test_small_laws_print_as_code_and_large_ones_as_what_they_are() -> None:
@@ -637,6 +712,17 @@ def test_components_of_no_weight_do_not_matter() -> None:
         (lambda: Gaussian(0.0, 1.0).marginal(VPSDE(), torch.zeros(2)), "single time"),
         (lambda: Gaussian(0.0, 1.0).posterior(1.0, [[1.0]], 0.0), "noise_var"),
         (lambda: Gaussian(0.0, 1.0).posterior([1.0, 2.0], [[1.0]], 1.0), "shape"),
+        (lambda: Gaussian(0.0, 1.0).posterior([1.0], [1.0], 1.0), r"y of shape \(m,\) and A of shape"),
+        (lambda: Gaussian(0.0, 1.0).posterior([1.0], [[1.0, 2.0]], 1.0), r"A of shape \(m, 1\)"),
+        (lambda: Gaussian(0.0, 1.0).posterior(1.0, [[1.0]], -1.0), "noise_var"),
+        (lambda: Gaussian(0.0, 1.0).posterior(1.0, [[1.0]], math.inf), "noise_var > 0 and finite"),
+        (lambda: Gaussian(0.0, 1.0).sample(-1), "whole number of draws n >= 0, found -1"),
+        (lambda: Gaussian(0.0, 1.0).sample(True), "whole number of draws"),
+        (lambda: Gaussian(0.0, 1.0).sample(2.0), "whole number of draws"),
+        (lambda: Gaussian([], 1.0), "at least one component and one dimension"),
+        (lambda: Gaussian(0.0, 1.0).log_prob(torch.zeros(3, 1, dtype=torch.int64)), "expected floating x"),
+        (lambda: Gaussian.from_eigen(None, torch.zeros(2), torch.ones(3)), r"eigenvalues >= 0 of shape"),
+        (lambda: Gaussian.from_eigen(torch.ones(2, 1), torch.zeros(2), torch.ones(2)), "orthonormal"),
     ],
 )
 def test_errors_name_what_is_wrong(attempt, words: str, unchecked) -> None:

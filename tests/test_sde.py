@@ -326,6 +326,26 @@ def test_other_things_are_refused(unchecked: None) -> None:
                 make(*ends)
 
 
+def test_tables_of_a_process(unchecked: None) -> None:
+    """1 - beta_i is e^-(B_i - B_{i-1}), or 1 - beta(t_i)/n; what is no number of steps or rule is refused."""
+    t = torch.arange(1, 22, dtype=torch.float64) / 21
+    exact, euler = VPSDE().betas(21), VPSDE().betas(21, "euler")
+    close(exact, 1 - (-torch.diff(VPSDE().B(t), prepend=f64(0.0))).exp(), rtol=1e-11)
+    close(VPSDE().log_alphas(21), (1 - exact).log(), rtol=1e-11)
+    close(euler, (0.1 + 19.9 * t) / 21, rtol=1e-12)
+    close(VPSDE().log_alphas(21, "euler"), (1 - euler).log(), rtol=1e-10)
+    assert VPSDE().betas(1).shape == (1,)
+    for wrong in (0, -3, True, 2.0):
+        with pytest.raises(ValueError, match="expected a number of steps n >= 1, found"):
+            VPSDE().log_alphas(wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="expected rule 'exact' or 'euler', found 'ho'"):
+        VPSDE().betas(10, "ho")
+    with pytest.raises(ValueError, match=r"expected beta\(t\)/n < 1 .* found 1 at n=20; take more steps"):
+        VPSDE().betas(20, "euler")
+    with pytest.raises(TypeError, match="expected a VP-SDE to discretize, found sub-VP"):
+        SubVPSDE().betas(10)
+
+
 def test_checks_wait_for_no_device_and_no_trace() -> None:
     assert clock(torch.tensor(-1.0, device="meta")).device.type == "meta"
     values = torch.func.vmap(VPSDE().alpha)(f64(0.1, 0.5))
