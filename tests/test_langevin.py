@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from scoresde import grids, sample, solvers
 from scoresde.laws import ExactDenoiser, Gaussian, Mixture
 from scoresde.noise import Noise
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified
+from scoresde.solvers.base import Card
 from scoresde.solvers.langevin import (
     Watch,
     annealed_langevin,
@@ -516,6 +518,70 @@ def test_the_watch_of_an_accelerator_reads_nothing_before_the_end():
         watch.finish()
 
 
+def test_the_watch_of_an_accelerator_by_its_first_call():
+    """NaN at the first call counts, numbers do not, and nothing is kept on the CPU."""
+    for first, expected in ((math.nan, "call 1, t = 0.5"), (0.0, None)):
+        watch = Watch("it", torch.zeros(1))
+        watch.bad = torch.full((), -1)
+        watch(torch.tensor([first, 1.0]), 0.5)
+        watch(torch.zeros(2), 0.25)
+        if expected is None:
+            assert watch.finish() == 2
+        else:
+            with pytest.raises(FloatingPointError, match=expected):
+                watch.finish()
+    assert Watch("it", torch.zeros(1)).bad is None
+    assert Watch("it", torch.zeros(1, device="meta")).bad.device.type == "meta"
+
+
+def test_what_callbacks_see():
+    """The predictor's calls: number, time, state, D there; of chains the number and the state after it."""
+    model, noise = gaussian().denoiser(VP), Noise.of(0, batch=2, dtype=F64)
+    x, grid, steps = noise.prior((2, 1)), grids.uniform(VP, 4), []
+    for predictor, calls in ((solvers.ddim(), 4), (solvers.heun(), 8)):
+        steps.clear()
+        pc = predictor_corrector(predictor, 2)
+        out = pc.solve(model, x, grid, noise=noise, callback=lambda s: steps.append(s) or (s.k or None))
+        table = predictor.tableau(VP, grid)
+        assert [s.k for s in steps] == list(range(calls)) and out.path == tuple(range(1, calls))
+        assert [s.t for s in steps] == table.times[:-1].tolist() and torch.equal(steps[0].x, x)
+        for s in steps:
+            torch.testing.assert_close(s.denoised, model(s.x, s.t))
+        assert 0 < out.seconds < 60 and out.status == "ok" and out.end == grid.t[-1]
+    seen = []
+    chain = langevin(
+        model, x, 1.0, step=0.1, steps=3, noise=noise, callback=lambda k, x: seen.append((k, x.clone()))
+    )
+    assert [k for k, _ in seen] == [0, 1, 2] and torch.equal(seen[-1][1], chain.x)
+    step = torch.tensor(0.1, dtype=F64, requires_grad=True)
+    assert torch.equal(langevin(model, x, 1.0, step=step, steps=3, noise=noise).x, chain.x)
+    assert not langevin(model, x, 1.0, step=step, steps=3, noise=noise).x.requires_grad
+
+
+def test_no_corrections_run_either_way_and_need_no_noise():
+    model, grid = gaussian().denoiser(VP), grids.uniform(VP, 4)
+    x = torch.linspace(-1, 1, 3, dtype=F64)[:, None]
+    for times in (grid, grid.reversed()):
+        plain = solvers.ddim().solve(model, x, times).x
+        assert torch.equal(predictor_corrector(solvers.ddim(), 0).solve(model, x, times).x, plain)
+
+
+def test_cards_of_langevin_dynamics():
+    inner = solvers.dpmpp(3).card
+    song = "Song et al. 2021, arXiv:2011.13456"
+    card = predictor_corrector(solvers.dpmpp(3), 2).card
+    assert card == Card(None, None, 3, True, song, frozenset({"clock_free"}), inner.final, inner.memory)
+    card = predictor_corrector(solvers.dpmpp(3), 0).card
+    assert card == Card(None, None, 1, False, song, inner.properties, inner.final, inner.memory)
+    assert inner.memory > 1 and len(inner.properties) > 1
+    song = "Song and Ermon 2019, arXiv:1907.05600"
+    card = annealed_langevin(4).card
+    assert card == Card(None, None, 4, True, song, frozenset({"clock_free", "scale_covariant"}))
+    for solver in (predictor_corrector(solvers.ddim()), annealed_langevin()):
+        with pytest.raises(FrozenInstanceError):
+            solver.card = card
+
+
 @given(n=st.integers(1, 40))
 def test_square_norms(n):
     v = torch.linspace(-1, 2, 2 * n, dtype=F64).reshape(2, n)
@@ -533,7 +599,7 @@ def test_float32_images_and_empty_batches(norm):
         assert sample(model, (0, 3, 4, 4), solver, steps=3).x.shape == (0, 3, 4, 4)
 
 
-def test_errors():
+def test_errors(unchecked):
     model, noise = gaussian().denoiser(VP), Noise.of(0, batch=2, dtype=F64)
     x, grid = noise.prior((2, 1)), grids.uniform(VP, 3)
     pc = predictor_corrector(solvers.ddim())
@@ -554,9 +620,27 @@ def test_errors():
         (lambda: langevin(model, x, 0.0, step=0.1, steps=1, noise=noise), "time with noise"),
         (lambda: langevin(model, x, 1.5, step=0.1, steps=1, noise=noise), "time with noise"),
         (lambda: mala(model, x, 0.5, step=0.1, steps=0, noise=noise), "steps >= 1"),
+        (lambda: mala(model, x, 0.5, step=0.1, steps=True, noise=noise), "steps >= 1"),
+        (lambda: langevin(model, x, 0.5, step=0.1, steps=2.0, noise=noise), "steps >= 1"),
+        (lambda: langevin(model, x, 0.5, step=math.inf, steps=1, noise=noise), "step > 0"),
+        (lambda: langevin(model, x, 0.5, step=torch.ones(2, 1), steps=1, noise=noise), "step > 0"),
+        (lambda: langevin(model, x, 0.5, step=torch.tensor([0.1, 0.0]), steps=1, noise=noise), "step > 0"),
+        (lambda: langevin(model, x, -0.1, step=0.1, steps=1, noise=noise), "time with noise"),
+        (lambda: langevin(model, x, math.nan, step=0.1, steps=1, noise=noise), "time with noise"),
+        (lambda: predictor_corrector(solvers.ddim(), 1.5), "corrector_steps >= 0"),
+        (lambda: predictor_corrector(solvers.ddim(), 1, math.inf), "snr > 0"),
+        (lambda: annealed_langevin(True), "steps_per_level >= 1"),
+        (lambda: annealed_langevin(1.5), "steps_per_level >= 1"),
+        (lambda: annealed_langevin(1, 0.0), "step > 0"),
+        (lambda: annealed_langevin(1, math.inf), "step > 0"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()
+    with pytest.raises(TypeError, match="expected a step > 0, a number or of shape"):
+        langevin(model, x, 0.5, step="long", steps=1, noise=noise)
+    for wrong in ("ddim", solvers.adaptive_ode()):
+        with pytest.raises(TypeError, match="expected a fixed-grid solver as predictor"):
+            predictor_corrector(wrong)
     with pytest.raises(TypeError, match="log_prob"):
         mala(model.given(label=0), x, 0.5, step=0.1, steps=1, noise=noise)
 

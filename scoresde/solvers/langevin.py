@@ -389,7 +389,7 @@ def _clock(t: float, x: Tensor) -> Tensor:
 def _checked(model: BaseDenoiser, x: Tensor, t: float, step: float | Tensor, steps: int) -> Tensor:
     """The step as a float64 tensor of shape () or (B,), after checking the arguments."""
     try:
-        eps = torch.as_tensor(step, dtype=torch.float64).detach()
+        eps = torch.as_tensor(step, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"expected a step > 0, a number or of shape ({len(x)},), found {step!r}") from None
     if eps.ndim > 1 or (eps.ndim == 1 and len(eps) != len(x)) or not bool(((eps > 0) & eps.isfinite()).all()):
