@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +28,7 @@ from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
 from scoresde.solvers.adaptive_control import SAFETY, SHRINK, STATUS, Control, State, alone, factor, total
 from scoresde.solvers.adaptive_ode import AdaptiveODE, Flow, adaptive_ode, differences, integrals, next_step
 from scoresde.solvers.adaptive_sde import AdaptiveSDE, SDEState, adaptive_sde
+from scoresde.solvers.base import Card
 
 F64 = torch.float64
 VP = VPSDE()
@@ -113,7 +114,7 @@ def test_total_and_error_by_their_formulas():
 def test_an_error_of_rounding_size_passes_at_any_tolerance():
     x = normals(4, 100, dtype=torch.float32)
     error = Control(1e-12, 0.0, 1).error(4 * torch.finfo(torch.float32).eps * x, x, x)
-    assert bool((error < 1).all()) and bool((error > 0.4).all())
+    torch.testing.assert_close(error, torch.full((4,), 0.5, dtype=F64), rtol=1e-6, atol=0)
     zero = torch.zeros(2, 3)
     assert torch.equal(Control(0.1, 0.0, 1).error(zero, zero, zero), torch.zeros(2, dtype=F64))
 
@@ -122,7 +123,10 @@ def test_factor_is_clipped_and_shrinks_where_the_error_is_not_finite():
     error = torch.tensor([0.0, 1e-3, 0.5, 1.0, 30.0, 1e9, math.inf, math.nan], dtype=F64)
     raw = [5.0, 5.0, SAFETY * 2 ** (1 / 3), SAFETY, SAFETY * 30 ** (-1 / 3), SHRINK, SHRINK, SHRINK]
     torch.testing.assert_close(factor(error, 3.0, 5.0), torch.tensor(raw, dtype=F64))
-    assert factor(torch.tensor([1e-30], dtype=F64), 3.0, 1.5).item() == 1.5
+    tiny = torch.tensor([1e-30], dtype=F64)
+    assert factor(tiny, 3.0, 1.5).item() == 1.5 and (SAFETY, SHRINK) == (0.8, 0.2)
+    assert factor(tiny, 3.0, 1e9).item() == pytest.approx(0.8 * 1e10 ** (1 / 3), rel=1e-12)
+    assert factor(tiny, 2.0, 1e9, 0.5).item() == pytest.approx(0.5 * 1e5, rel=1e-12)
 
 
 def test_a_step_is_stretched_to_the_goal_but_not_by_more_than_rounding():
@@ -133,6 +137,9 @@ def test_a_step_is_stretched_to_the_goal_but_not_by_more_than_rounding():
         goal = torch.tensor(sign, dtype=F64)
         assert state.target(goal).tolist() == [0.5 * sign, sign, sign, sign]
     assert State(zero, zero, zero, zero + 0.999, zero == 0).target(goal * -1)[0] == 0.999
+    h = torch.tensor([1 - 0.9e-9, 1 - 1.5e-9, 1.0, 3.0], dtype=F64)
+    reached = State(zero, zero, zero[:, None], h, zero == 0).target(torch.tensor(1.0, dtype=F64))
+    assert reached.tolist() == [1.0, 1 - 1.5e-9, 1.0, 1.0]
 
 
 def test_alone_gives_the_bits_of_any_batch():
@@ -168,6 +175,79 @@ def test_the_flow_variable_and_its_inverse(sde):
     u = sde.sigma(t) / (sde.alpha(t) + sde.sigma(t))
     torch.testing.assert_close(Flow(sde).log_u(t), u.log(), rtol=1e-14, atol=1e-16)
     torch.testing.assert_close(Flow(sde).time(Flow(sde).log_u(t)), t, rtol=1e-9, atol=1e-12)
+
+
+def test_first_steps_of_the_ode():
+    """A tenth of the way where nothing changes, five times as long with every order; along a straight line a
+    tenth of the way over the root of Euler's error."""
+
+    def line(slope: float) -> Callable[..., Tensor]:
+        """D for which E[eps - x_0 | x] is the slope."""
+
+        def function(x: Tensor, t: Tensor) -> Tensor:
+            return (x - slope * column(VP.sigma(t), x)) / column(VP.alpha(t) + VP.sigma(t), x)
+
+        return function
+
+    def places(slope: float, solver: AdaptiveODE) -> list[float]:
+        x = torch.tensor([[1.0, -2.0]], dtype=F64)
+        path = solver.solve(Model(line(slope)), x, ends(VP), callback=lambda step: step.t).path
+        return Flow(VP).log_u(torch.tensor(path, dtype=F64)).tolist()
+
+    goal = float(Flow(VP).log_u(torch.tensor(1e-3, dtype=F64)))
+    s = places(0.0, adaptive_ode(1e-3, 1e-3))
+    h = 0.1 * (goal - s[0])
+    assert s[1] - s[0] == pytest.approx(h, rel=1e-6) and s[2] - s[1] == pytest.approx(5 * h, rel=1e-6)
+    s = places(3.0, adaptive_ode(0.5, 0.2))
+    y = torch.tensor([1.0, 2.0], dtype=F64) / float(VP.alpha(1.0) + VP.sigma(1.0))
+    way = 3.0 * (math.exp(goal) - math.exp(s[0]))
+    euler = float((way / (0.2 + 0.5 * y)).square().mean().sqrt())
+    assert euler > 2 and s[1] - s[0] == pytest.approx(h / euler**0.5, rel=1e-6)
+
+
+def test_first_steps_of_the_sde():
+    """A tenth in lam, then what error and order allow, at most twice as much; D = b lam changes by b h."""
+    noise, x = Noise.of(0, batch=1, dtype=F64), torch.tensor([[1.0]], dtype=F64)
+
+    def places(solver: AdaptiveSDE, b: float) -> Tensor:
+        model = Model(lambda x, t: b * 0.5 * column(VP.log_snr(t), x) + 0 * x)
+        path = solver.solve(model, x, ends(VP), noise=noise, callback=lambda step: step.t).path
+        return 0.5 * VP.log_snr(torch.tensor(path, dtype=F64))
+
+    steps = places(adaptive_sde(0.0, 1e9), 1.0).diff()
+    torch.testing.assert_close(steps[:4], torch.tensor([0.1, 0.2, 0.4, 0.8], dtype=F64), rtol=1e-6, atol=0)
+    lam = places(adaptive_sde(0.0, 1e-3, max_calls=9), 1.0)
+    t = VP.time(2 * (lam[0] + 0.1))
+    change = float(VP.alpha(t)) * (1 - -math.expm1(-0.2) / 0.2) * 0.1
+    expected = 0.1 * 0.8 * (change / (1e-3 * 0.1)) ** (-1 / 1.5)
+    assert 0.02 < expected < 0.2 and float(lam[2] - lam[1]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_reprs_and_cards():
+    assert repr(adaptive_ode()) == "adaptive_ode(rtol=0.0001, atol=0.0001, order=6, max_calls=1000)"
+    assert repr(adaptive_ode(0.5, 0.1, order=2, max_calls=7, at=(0.5,))) == (
+        "adaptive_ode(rtol=0.5, atol=0.1, order=2, max_calls=7, at=(0.5,))"
+    )
+    assert repr(adaptive_sde()) == "adaptive_sde(rtol=0.05, atol=0.025, max_calls=2000)"
+    reference = "Hairer, Norsett and Wanner 1993, chapter III.5"
+    kept = frozenset({"marginal_exact", "clock_free", "scale_covariant"})
+    assert adaptive_ode(order=3).card == Card(None, None, 1, False, reference, kept, "data", 4)
+    reference = "Jolicoeur-Martineau et al. 2021, arXiv:2105.14080; Rackauckas and Nie 2017"
+    kept = frozenset({"marginal_exact", "clock_free"})
+    assert adaptive_sde().card == Card(None, None, 1, True, reference, kept, "data", 2)
+    for solver in (adaptive_ode(), adaptive_sde()):
+        for held in (solver, solver.control):
+            with pytest.raises(FrozenInstanceError):
+                held.rtol = 1.0
+        assert solver == replace(solver) and hash(solver) == hash(replace(solver))
+
+
+@either
+def test_the_time_of_a_run(solver):
+    noise = Noise.of(0, batch=2, dtype=F64)
+    started = time.perf_counter()
+    drawn = solver.solve(diagonal(2).denoiser(VP), noise.prior((2, 2)), ends(VP), noise=noise)
+    assert 0 < drawn.seconds < time.perf_counter() - started
 
 
 # --- the ODE: accuracy --------------------------------------------------------------------------------------
@@ -664,6 +744,9 @@ def test_arguments_are_checked(make, unchecked):
         with pytest.raises(ValueError, match="max_calls >= 1"):
             make(max_calls=limit)
     assert make(0.0, 1e-3) and make(1e-3, 0.0)
+    for wrong in (("1e-3", 1e-3), (1e-3, None)):
+        with pytest.raises(TypeError, match=r".tol: expected a number, found"):
+            make(*wrong)
     for order in (0, 7, 2.5, True):
         with pytest.raises(ValueError, match=r"order in 1\.\.6"):
             adaptive_ode(order=order)
