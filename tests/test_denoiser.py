@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -231,6 +232,13 @@ def test_karras_default_and_repr() -> None:
         with pytest.raises(ValueError, match="expected sigma_data > 0, found"):
             Karras(wrong)
     assert Karras().name == "Karras" and Karras().config == (("sigma_data", 0.5),)
+
+
+def test_predictions_are_values() -> None:
+    for predicts in (*PREDICTIONS.values(), Karras()):
+        assert hash(predicts) == hash(dataclasses.replace(predicts))
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            predicts.name = "other"  # pyright: ignore
 
 
 def test_only_karras_scales_its_input() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
 
 import numpy as np
@@ -19,11 +21,12 @@ from scoresde.grids import Grid
 from scoresde.laws import ExactDenoiser, Gaussian, Mixture
 from scoresde.noise import BrownianPath, Noise
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
+from scoresde.solvers.base import Card
 from scoresde.solvers.external import SCIPY, TORCHSDE, scipy_ode, torchsde_solver
 from scoresde.solvers.external_ode import Calls
 from scoresde.solvers.external_sde import PathIncrements, ReverseTime, StepNoise
 
-F64 = torch.float64
+F64, EPS = torch.float64, float(np.finfo(float).eps)
 VP = VPSDE()
 EXPLICIT = ("RK23", "RK45", "DOP853", "LSODA")
 # network calls for 100 steps
@@ -635,7 +638,7 @@ def test_adaptive_samples_one_by_one(unchecked):
 # --- care ---------------------------------------------------------------------------------------------------
 
 
-def test_errors():
+def test_errors(unchecked):
     model, noise = gaussian().denoiser(VP), Noise.of(0, batch=2, dtype=F64)
     x, grid = noise.prior((2, 1)), grids.uniform(VP, 3)
     flat = gaussian().denoiser(Rectified())
@@ -647,6 +650,12 @@ def test_errors():
         (lambda: scipy_ode(max_calls=0), "max_calls"),
         (lambda: scipy_ode(max_calls=True), "max_calls"),
         (lambda: scipy_ode().solve(model, x, grids.uniform(VP, 3, 0.0).reversed()), "a time with noise"),
+        (lambda: scipy_ode(rtol=99 * EPS), r"expected 2\.3e-14 <= rtol < 1"),
+        (lambda: scipy_ode(rtol=1.0), "rtol"),
+        (lambda: scipy_ode(atol=math.inf), "atol"),
+        (lambda: scipy_ode(atol=math.nan), "atol"),
+        (lambda: scipy_ode(max_calls=1.5), "max_calls"),
+        (lambda: torchsde_solver("euler", True, max_calls=0), "max_calls"),
         (lambda: torchsde_solver("rk4"), "method to be one of"),
         (lambda: torchsde_solver("adjoint_reversible_heun"), "method to be one of"),
         (lambda: torchsde_solver("srk", True), "time integral"),
@@ -659,11 +668,70 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=words):
             call()
+    for make in (scipy_ode, torchsde_solver):
+        for wrong in ({"rtol": "1"}, {"atol": None}):
+            with pytest.raises(TypeError, match=r".tol: expected a number, found"):
+                make(**wrong)
     with pytest.raises(TypeError, match=r"scoresde\.noise\.Noise"):
         torchsde_solver("euler", True).solve(model, x, grid, noise=lambda k, shape: torch.zeros(*shape))
 
 
+def test_limits_that_are_allowed(unchecked):
+    model, x = Affine(gaussian(), VP), torch.ones(2, 1, dtype=F64)
+    for solver in (scipy_ode(rtol=100 * EPS, atol=1e-3), scipy_ode(atol=0.0)):
+        assert solver.solve(model, x, torch.tensor([0.5, 0.4], dtype=F64)).status == "ok"
+    assert scipy_ode(max_calls=1).max_calls == 1
+
+
+def test_cards_of_what_is_wrapped():
+    song, li = "Song et al. 2021, arXiv:2011.13456", "Li et al. 2020, arXiv:2001.01328"
+    assert scipy_ode().card == Card(None, None, 1, False, song, frozenset(), "data")
+    weak = {"euler": 1, "milstein": 1, "srk": 2, "euler_heun": 1, "heun": 2, "midpoint": 1, "log_ode": 1}
+    for method, order in {**weak, "reversible_heun": 2}.items():
+        calls = CALLS[method] // 100
+        assert torchsde_solver(method).card == Card(None, order, calls, True, li, frozenset(), "data")
+        if method != "srk":
+            card = torchsde_solver(method, True).card
+            assert card == Card(None, None, calls, True, li, frozenset(), "data")
+    for solver in (scipy_ode(), torchsde_solver()):
+        with pytest.raises(FrozenInstanceError):
+            solver.rtol = 0.1
+        assert hash(solver) == hash(replace(solver)) and solver == replace(solver)
+
+
+def test_the_time_and_the_evaluations_of_a_run(unchecked):
+    noise = Noise.of(0, batch=2, dtype=F64)
+    x, grid = noise.prior((2, 1)), torch.tensor([0.5, 0.45, 0.4], dtype=F64)
+    for solver in (scipy_ode(), torchsde_solver(), torchsde_solver("heun", True, 0.1, 0.1)):
+        started = time.perf_counter()
+        out = solver.solve(Affine(gaussian(), VP), x, grid, noise=noise)
+        assert 0 < out.seconds < time.perf_counter() - started and out.end == 0.4
+        empty = solver.solve(Affine(gaussian(), VP), x[:0], grid, noise=Noise.of(0, batch=0, dtype=F64))
+        assert empty.status == "ok" and empty.x.shape == (0, 1) and empty.network_calls == 0
+        if out.evaluations is not None:
+            assert out.evaluations.tolist() == [out.network_calls] * 2 and empty.evaluations.shape == (0,)
+
+
+def test_the_last_four_calls_are_remembered():
+    model, counted = Affine(gaussian(), VP), Calls()
+    x, sde = torch.ones(2, 1, dtype=F64), ReverseTime(model, torch.Size((2, 1)), TORCHSDE["euler"], counted)
+    for t, made in ((0.5, 1), (0.4, 2), (0.3, 3), (0.2, 4), (0.5, 4), (0.1, 5), (0.4, 5), (0.5, 6)):
+        sde.score(torch.tensor(-t, dtype=F64), x)
+        assert counted.made == made
+    sde.score(torch.tensor(-0.5, dtype=F64), x.clone())  # another state, though it is equal
+    assert counted.made == 7
+
+
 def test_reprs_cards_and_steps():
+    assert repr(torchsde_solver("heun", True, 0.1, 0.2, per_sample=True, max_calls=5)) == (
+        "torchsde_solver('heun', adaptive=True, rtol=0.1, atol=0.2, per_sample=True, max_calls=5)"
+    )
+    assert repr(torchsde_solver("heun", True)) == (
+        "torchsde_solver('heun', adaptive=True, rtol=0.01, atol=0.01, per_sample=False, max_calls=2000)"
+    )
+    for method, least in (("euler", 1), ("heun", 2), ("reversible_heun", 2)):
+        assert torchsde_solver(method).steps_for(least) == 1
+    assert torchsde_solver("reversible_heun").steps_for(11) == 10 == torchsde_solver("heun").steps_for(21)
     assert repr(scipy_ode()) == "scipy_ode('RK45', rtol=1e-05, atol=1e-05, per_sample=False, max_calls=10000)"
     assert repr(torchsde_solver()) == "torchsde_solver('euler')"
     assert repr(torchsde_solver("heun", True)).startswith("torchsde_solver('heun', adaptive=True, rtol=0.01")
