@@ -40,24 +40,19 @@ def multistep_table(
     first = int(torch.isinf(grid.lam[0]))
     last = len(grid) - int(torch.isinf(grid.lam[-1]))
     steps, width = len(grid), _memory(order, corrector)
-    keep, noise = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
-    predict, correct = (
-        torch.zeros(steps, width, dtype=torch.float64),
-        torch.zeros(steps, width, dtype=torch.float64),
-    )
+    keep, noise = torch.empty(2, steps, dtype=torch.float64)
+    mix, correct = torch.zeros(2, steps, width, dtype=torch.float64)
+    regular = torch.arange(steps)[first:last]
     options = {"stored": stored, "variable": variable, "tau": tau, "rule": rule}
-    for p, rows in _by_order(first, last, order):  # step k -> k + 1 from outputs k, k - 1, ...
-        keep[rows], predict[rows, :p], noise[rows] = _steps(sde, grid.t, rows, range(0, -p, -1), options)
-    for p, rows in _by_order(first, last, corrector) if corrector else ():
+    for p, rows in _by_order(regular, order):  # step k -> k + 1 from outputs k, k - 1, ...
+        keep[rows], mix[rows, :p], noise[rows] = _steps(sde, grid.t, rows, range(0, -p, -1), options)
+    for p, rows in _by_order(regular, corrector) if corrector else ():
         corrected = rows[rows > first]  # step k - 1 -> k from outputs k, k - 1, ...: applied in row k
         if len(corrected):
             correct[corrected, :p] = _steps(sde, grid.t, corrected - 1, range(1, 1 - p, -1), options)[1]
-    mix = predict.clone()
     if corrector:
-        corrected = torch.arange(first + 1, max(first + 1, last))
-        update = correct[corrected]
-        update[:, 1:] -= predict[corrected - 1, :-1]
-        mix[corrected] += keep[corrected, None] * update
+        correct[first + 1 : last, 1:] -= mix[first : last - 1, :-1]
+        mix[first + 1 : last] += keep[first + 1 : last, None] * correct[first + 1 : last]
     skip, out = STORED[stored].rows(sde.alpha(grid.t[:-1]), sde.sigma(grid.t[:-1]))
     for k in {*range(first), *range(last, steps)}:
         keep[k], mix[k, 0], noise[k] = singular_step(sde, grid.t[k], grid.t[k + 1], stored, tau)
@@ -69,11 +64,10 @@ def _memory(order: int, corrector: int) -> int:
     return max(order + 1, corrector) if corrector else order
 
 
-def _by_order(first: int, last: int, order: int) -> list[tuple[int, Tensor]]:
-    """Rows grouped by the order that the outputs since `first` allow."""
-    ramp = [(p, torch.tensor([first + p - 1])) for p in range(1, order) if first + p - 1 < last]
-    start = first + order - 1
-    return [*ramp, *([(order, torch.arange(start, last))] if start < last else [])]
+def _by_order(rows: Tensor, order: int) -> list[tuple[int, Tensor]]:
+    """Rows grouped by the order that the outputs since the first of them allow."""
+    groups = [*((p, rows[p - 1 : p]) for p in range(1, order)), (order, rows[order - 1 :])]
+    return [(p, group) for p, group in groups if len(group)]
 
 
 def _steps(

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..denoiser import DATA, FLOW, NOISE, VELOCITY, Prediction, view
 from ..sde import LinearSDE
@@ -64,13 +65,13 @@ STORED = {
     "velocity": Stored(
         VELOCITY,
         lambda lam: -(2 * lam).sigmoid(),
-        lambda lam: -torch.logaddexp(2 * lam, torch.zeros_like(lam)) / 2,
+        lambda lam: logsigmoid(-2 * lam) / 2,
         _velocity_weight,
     ),
     "flow": Stored(
         FLOW,
         lambda lam: -lam.sigmoid(),
-        lambda lam: -torch.logaddexp(lam, torch.zeros_like(lam)),
+        lambda lam: logsigmoid(-lam),
         lambda sde, lam: -lam.sigmoid(),
     ),
 }
@@ -78,7 +79,7 @@ STORED = {
 VARIABLES: dict[str, Callable[[LinearSDE, Tensor, Tensor], Tensor]] = {
     # each is u(lam) up to an affine map, which a Lagrange polynomial does not see; `base` keeps the numbers
     # near 1
-    "lam": lambda sde, lam, base: lam - base,
+    "lam": lambda sde, lam, base: lam,
     "sigma/alpha": lambda sde, lam, base: torch.expm1(base - lam),
     "sigma": lambda sde, lam, base: (-lam).sigmoid(),
     "t": lambda sde, lam, base: sde.time(2 * lam),
@@ -101,7 +102,7 @@ def _legendre_tail(n: int, x: np.ndarray) -> np.ndarray:
     """int_x^1 P_n."""
     if n == 0:
         return 1 - x
-    below, above = (np.polynomial.legendre.legval(x, np.eye(n + 2)[k]) for k in (n - 1, n + 1))
+    below, above = (np.polynomial.Legendre.basis(k)(x) for k in (n - 1, n + 1))
     return (below - above) / (2 * n + 1)
 
 
