@@ -182,7 +182,7 @@ def _historical_betas(sde: LinearSDE, t: Tensor) -> Tensor:
     if type(sde) is not VPSDE:
         raise TypeError(f"the historical beta table belongs to the VP-SDE, found {sde}; use rule='exact'")
     n = len(t)
-    table = sde.beta(torch.arange(n, dtype=torch.float64) / max(n - 1, 1)) / n
+    table = sde.beta(torch.linspace(0, 1, n, dtype=torch.float64)) / n
     if not bool((table < 1).all()):
         raise ValueError(
             f"the historical table beta(t)/K needs beta < 1, found {table.max().item():.4g} for K = {n} "

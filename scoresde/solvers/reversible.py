@@ -65,7 +65,7 @@ class Reversible:
             )
         scale = _scale(model.sde, grid.t).tolist()
         y, z = (copy / scale[0] for copy in from_pair(x))
-        undo = bool(grid.t[0] < grid.t[-1])
+        undo = int(grid.t.argmin()) == 0  # from data to noise
         path = []
         with evaluating(model):
             for k in range(len(grid)):
@@ -106,7 +106,7 @@ class Reversible:
 
 
 def _scale(sde: LinearSDE, t: Tensor) -> Tensor:
-    return torch.hypot(sde.alpha(t), sde.sigma(t))
+    return sde.alpha(t).hypot(sde.sigma(t))
 
 
 def _base_table(sde: LinearSDE, s: Tensor, t: Tensor, order: int) -> Tableau:

@@ -58,18 +58,13 @@ def singlestep_table(
         t if stage.target == 1 else sde.time(2 * (lam_s[regular] + stage.target * h)) for stage in stages
     ]
     at = torch.stack([s, *targets], 1)  # (N, stages + 1): times of the outputs, and the end
-    inner = iter(
-        zip(
-            at[:, :-1],
-            *_rows(sde, at, stages, {"stored": stored, "variable": variable, "tau": tau}),
-            strict=True,
-        )
-    )
+    inner = at[:, :-1], *_rows(sde, at, stages, {"stored": stored, "variable": variable, "tau": tau})
+    place = regular.cumsum(0) - 1  # of a regular step among its kind
     scale, forward = sde.transition(ends, torch.cat([starts[1:], ends[-1:]]))
     parts = []
     for k in range(len(starts)):
         if regular[k]:
-            times, keep, mix, noise = next(inner)
+            times, keep, mix, noise = (column[place[k]] for column in inner)
         else:
             first, weight, c = singular_step(sde, starts[k], ends[k], stored, tau)
             times, keep, mix, noise = (
@@ -79,15 +74,15 @@ def singlestep_table(
                 c[None],
             )
         if forward[k] > 0:
-            last = torch.arange(len(keep)) == len(keep) - 1
+            last = torch.arange(len(times)) == len(times) - 1
             factor = torch.where(last, scale[k], 1.0)
             keep, mix, noise = (
                 keep * factor,
                 mix * factor[:, None],
-                torch.hypot(noise * factor, spread * forward[k] * last),
+                (noise * factor).hypot(spread * forward[k] * last),
             )
         parts.append((times, keep, mix, noise))
-    times, keep, mix, noise = (torch.cat(column) for column in zip(*parts, strict=True))
+    times, keep, mix, noise = (torch.cat([part[i] for part in parts]) for i in range(4))
     skip, out = STORED[stored].rows(sde.alpha(times), sde.sigma(times))
     return Tableau(torch.cat([times, ends[-1:]]), skip, out, keep, mix, noise, name)
 
@@ -112,7 +107,7 @@ def _rows(
         lags = (w - ratio[:, None] * w_before)[:, list(range(i, -1, -1))]
         rows.append((ratio, torch.nn.functional.pad(lags, (0, width - i - 1)), fresh))
         A_before, w_before, C_before = A, w, C
-    keep, mix, noise = (torch.stack(column, 1) for column in zip(*rows, strict=True))
+    keep, mix, noise = (torch.stack([row[i] for row in rows], 1) for i in range(3))
     return keep, mix, noise
 
 
