@@ -143,8 +143,8 @@ class Cosine:
     def beta(self, t: Tensor) -> Tensor:
         t = unit_interval(t)
         # tan(u) from the nearer end, so that each keeps its digits where it is small
-        early = (self._start + self._rate * t.clamp(max=0.5)).tan()
-        late = 1 / (self._rate * (1 - t.clamp(min=0.5)) + self._gap).tan()
+        early = (self._start + self._rate * t).tan()
+        late = 1 / (self._rate * (1 - t) + self._gap).tan()
         return 2 * self._rate * torch.where(t < 0.5, early, late)
 
     def time(self, B: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import resource
 import time
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -271,6 +272,15 @@ def test_a_series_is_made_in_few_blocks(monkeypatch):
     assert made == [1] * 5
     last = Noise.of(0, batch=1, offset=2**63 - 4)  # the rows end here
     assert len({float(last(row, (1, 1))) for row in range(4)}) == 4
+
+
+def test_rows_of_any_integer_type(unchecked):
+    noise = Noise.of(3, batch=2)
+    for row in range(6):
+        expected = Noise.of(3, batch=2)(row, (2, 3))
+        for same in (np.int64(row), torch.tensor(row), torch.full((2,), row)):
+            assert torch.equal(noise(same, (2, 3)), expected)
+        assert torch.equal(noise(row, torch.Size((2, 3))), expected)
 
 
 def test_threads_do_not_show():

@@ -107,7 +107,9 @@ def test_beta_in_high_precision(schedule: Schedule) -> None:
             assert abs(schedule.beta(f64(t)).item() / slope - 1) < 1e-10
 
 
-@pytest.mark.parametrize("schedule", [*EXAMPLES, Sigmoid(0.0, 1.0, 1.0, -300.0)], ids=name)
+@pytest.mark.parametrize(
+    "schedule", [*EXAMPLES, Cosine(0.1, -100.0), Sigmoid(0.0, 1.0, 1.0, -300.0)], ids=name
+)
 def test_gradient_is_finite_at_the_ends(schedule: Schedule) -> None:
     at = f64(0.0, 1.0).requires_grad_()
     (slope,) = torch.autograd.grad(schedule.B(at).sum(), at)
