@@ -15,7 +15,7 @@ accuracy = pytest.importorskip(
     "benchmarks.accuracy", reason="run from the root of the repository, with `python -m pytest`"
 )
 
-from benchmarks import accuracy_sde, adaptive, likelihood, peers, problems, recommend, tuning  # noqa: E402
+from benchmarks import accuracy_sde, adaptive, likelihood, peers, problems, recommend, tuning, tuning_grid  # noqa: E402
 
 F64 = torch.float64
 SDE = accuracy.SDE
@@ -203,3 +203,15 @@ def test_recommend_judges_stochastic_solvers_by_samples(monkeypatch):
     truth = recommend.true_laws(law, tables, torch.Generator().manual_seed(1))
     assert truth.errors[0] > 2 * truth.errors[1] > truth.floor
     assert min(truth.excess()) >= truth.floor / 2
+
+
+def test_a_tuned_grid_beside_the_best_fixed_one(monkeypatch):
+    monkeypatch.setattr(tuning_grid, "SECONDS", 1.0)
+    monkeypatch.setattr(
+        tuning_grid, "GRIDS", {name: tuning_grid.GRIDS[name] for name in ("uniform", "log_snr")}
+    )
+    few = tuning.board("ring")._replace(n=64, held_out=256)
+    row = tuning_grid.measure("ring", few, solvers.dpmpp(2), 6)
+    assert row["grid"] in ("uniform", "log_snr")
+    assert row["ratio"] == row["tuned"]["error"] / row["fixed"]["error"] < 0.7  # better grids are known
+    assert not row["fell_back"] and "ring" in tuning_grid.report([row])
