@@ -14,6 +14,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from scoresde.schedules import (
     Cosine,
@@ -158,6 +159,22 @@ def test_learned_schedule_learns() -> None:
     assert fresh.slope.equal(torch.full((32,), 2.0, dtype=torch.float64))
     assert fresh.center.equal(torch.linspace(0, 1, 32, dtype=torch.float64))
     assert {p.dtype for p in Learned().parameters()} == {torch.float64}
+
+
+def test_ends_of_a_learned_schedule_are_numbers_or_learned_too() -> None:
+    fixed, free = Learned(), Learned(5.0, -4.0, hidden=2, learn_ends=True)
+    assert (fixed.log_snr_max, fixed.log_snr_min) == (13.3, -10.0) and len(list(fixed.parameters())) == 4
+    assert abs(fixed.log_snr(f64(0.0)) - 13.3) < 1e-12 and abs(fixed.log_snr(f64(1.0)) + 10) < 1e-12
+    assert isinstance(free.log_snr_max, nn.Parameter) and free.log_snr_max.dtype == torch.float64
+    assert free.log_snr_max == 5 and free.log_snr_min == -4
+    free.log_snr(f64(0.0, 1.0)).sum().backward()
+    assert free.log_snr_max.grad == 1 == free.log_snr_min.grad  # pyright: ignore
+
+
+def test_nodes_of_a_table_are_a_tuple_of_floats(unchecked: None) -> None:
+    for nodes in ([0, 1, 2], torch.tensor([0, 1, 2]), iter((0, 1, 2))):
+        table = Tabulated(nodes)  # pyright: ignore[reportArgumentType]
+        assert repr(table) == "Tabulated(nodes=(0.0, 1.0, 2.0))" and hash(table) == hash(Tabulated((0, 1, 2)))
 
 
 def test_defaults() -> None:
