@@ -140,7 +140,7 @@ class Tableau:
         if (
             not isinstance(data, dict)
             or data.get("format") != "scoresde.tableau/1"
-            or not set(FIELDS) <= set(data)
+            or set(FIELDS) - set(data)
         ):
             raise ValueError(
                 f"expected JSON written by Tableau.to_json with fields {FIELDS}, found {str(text)[:80]!r}"

@@ -61,6 +61,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: solvers.ddpm("medium", "score_sde"), ValueError, "'small' or 'large'"),
     (lambda: solvers.restart(3), ValueError, r"intervals \(low, high, times, steps\), found 3"),
     (lambda: solvers.restart(((0.1, 0.3, 2),)), ValueError, r"expected intervals \(low"),
+    (lambda: solvers.restart(((0.1, 0.3, 2, 4), (0.5, 0.9, 1))), ValueError, r"expected intervals \(low"),
     (lambda: solvers.restart(((0.1, 0.3, 2, 4), (0.5, 0.4, 1, 1))), ValueError, r"found \(0.5, 0.4, 1, 1\)"),
     (lambda: reversible(2, "1"), TypeError, "coupling: expected a number"),
     *((lambda c=c: reversible(2, c), ValueError, "0 < coupling <= 1") for c in (0.0, 1.001, -0.5)),
@@ -465,7 +466,10 @@ def test_churn_leaves_the_first_node_alone() -> None:
     few = solvers.edm(0.4, 0.0, 1e9).tableau(VP, grid)
     starts = (-0.5 * VP.log_snr(few.times[:-1:2])).exp() / (-grid.lam[:-1]).exp()
     assert starts.tolist() == pytest.approx([1, *[1.1] * 3], rel=1e-12)
-    assert solvers.edm().card.stochastic and not solvers.edm(0.0).card.stochastic
+    assert solvers.edm(0.1).card.stochastic and not solvers.edm(0.0).card.stochastic
+    levels = torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=F64)
+    table = solvers.edm(30.0, 1.0, 1.0).tableau(EDM(), levels)  # the limits are in the range
+    assert table.times[::2].tolist() == pytest.approx([4.0, 2.0, math.sqrt(2), 0.5], rel=1e-12)
 
 
 def test_noise_of_a_run_is_asked_for_by_row() -> None:

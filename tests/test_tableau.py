@@ -552,6 +552,14 @@ def test_what_a_float32_coefficient_hands_on() -> None:
                 assert exact == (sign * keep).tolist()
 
 
+def test_single_coefficients_are_the_nearest_of_float32() -> None:
+    rng, zero = np.random.default_rng(0), torch.zeros(1, dtype=torch.float64)
+    for value in (*rng.normal(size=200), *np.exp(rng.uniform(-60, 60, 100)), 0.0, 1.0, 0.1):
+        table = Tableau(torch.tensor([1.0, 0.5]), zero, zero, zero + value, zero[:, None], zero)
+        row = coefficients(table, Rows(lambda x, k: x, [0.0], [1.0]), torch.float32).rows[0]
+        assert row.keep == float(np.float32(value))
+
+
 def test_the_executor_refuses_integers_and_takes_a_changed_state() -> None:
     table, rows = Tableau(**GOOD), Rows(lambda x, k: x.cos(), [0.0] * 3, [1.0] * 3)
     with pytest.raises(TypeError, match=r"floating state, found torch.int64; scale"):

@@ -283,7 +283,8 @@ def restart(intervals: Sequence[tuple[float, float, int, int]] = ((0.1, 0.3, 2, 
                     inner = _noise_levels(sde, high, bottom, steps)
                     inserts.append((node, inner[:-1] * times, [*inner[1:-1], ends[node]] * times))
         for node, more_starts, more_ends in sorted(inserts, reverse=True):
-            starts[node + 1 : node + 1], ends[node + 1 : node + 1] = more_starts, more_ends
+            starts[node + 1 :] = [*more_starts, *starts[node + 1 :]]
+            ends[node + 1 :] = [*more_ends, *ends[node + 1 :]]
         steps_from, steps_to = (torch.tensor(column, dtype=torch.float64) for column in (starts, ends))
         return singlestep_table(
             sde, steps_from, steps_to, HEUN, stored="noise", variable="sigma/alpha", name="restart"
