@@ -208,6 +208,38 @@ def test_a_network_that_returns_noise_ends_too():
     assert out.status in ("call limit reached", "step underflow") and out.network_calls <= 500
 
 
+def test_a_step_that_underflows_is_told(unchecked):
+    """A slope that changes its sign at every call, after the third node: no step there is small enough."""
+
+    class Jumps(Watched):
+        def score(self, x, t):
+            out = super().score(x, t)
+            return out if float(t) > 0.5 else torch.full_like(out, 1e12 * (-1) ** len(self.times))
+
+    model, x = Jumps(gaussian(), VP), torch.ones(2, 1, dtype=F64)
+    for method in ("RK45", "DOP853"):
+        model.times.clear()
+        grid = torch.tensor([1.0, 0.8, 0.6, 0.1, 1e-3], dtype=F64)
+        out = scipy_ode(method).solve(model, x, grid, callback=lambda s: s.t)
+        assert out.status == "step underflow" and bool(out.x.isfinite().all())
+        assert out.path == (1.0, 0.8, 0.6) and out.network_calls == len(model.times) < 2000
+
+
+def test_callbacks_may_keep_nothing(unchecked):
+    noise = Noise.of(0, batch=2, dtype=F64)
+    for solver in (scipy_ode(), torchsde_solver(), torchsde_solver("heun", True, 0.1, 0.1)):
+        grid = torch.tensor([0.5, 0.45, 0.4], dtype=F64)
+        seen = []
+        out = solver.solve(
+            Affine(gaussian(), VP),
+            noise.prior((2, 1)),
+            grid,
+            noise=noise,
+            callback=lambda s, seen=seen: seen.append(s.t),
+        )
+        assert out.path == () and seen in ([0.5, 0.45], [0.5])
+
+
 def test_samples_one_by_one(unchecked):
     """With per_sample a sample is the same alone and in company; without, it is not. Conditions are split."""
     model = Affine(gaussian(), VP)
@@ -706,10 +738,13 @@ def test_the_time_and_the_evaluations_of_a_run(unchecked):
         started = time.perf_counter()
         out = solver.solve(Affine(gaussian(), VP), x, grid, noise=noise)
         assert 0 < out.seconds < time.perf_counter() - started and out.end == 0.4
-        empty = solver.solve(Affine(gaussian(), VP), x[:0], grid, noise=Noise.of(0, batch=0, dtype=F64))
+        none = x[:0]
+        empty = solver.solve(Affine(gaussian(), VP), none, grid, noise=Noise.of(0, batch=0, dtype=F64))
+        assert empty.x is not none
         assert empty.status == "ok" and empty.x.shape == (0, 1) and empty.network_calls == 0
         if out.evaluations is not None:
             assert out.evaluations.tolist() == [out.network_calls] * 2 and empty.evaluations.shape == (0,)
+            assert out.evaluations.add_(1).tolist() == [out.network_calls + 1] * 2
 
 
 def test_the_last_four_calls_are_remembered():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scoresde import grids, sample, solvers
+from scoresde.denoiser import Denoiser
 from scoresde.laws import ExactDenoiser, Gaussian, Mixture
 from scoresde.noise import Noise
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified
@@ -534,6 +535,17 @@ def test_the_watch_of_an_accelerator_by_its_first_call():
     assert Watch("it", torch.zeros(1, device="meta")).bad.device.type == "meta"
 
 
+class Halves(torch.nn.Module):
+    """A network that returns half its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.half = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, t):
+        return self.half * x
+
+
 def test_what_callbacks_see():
     """The predictor's calls: number, time, state, D there; of chains the number and the state after it."""
     model, noise = gaussian().denoiser(VP), Noise.of(0, batch=2, dtype=F64)
@@ -548,6 +560,10 @@ def test_what_callbacks_see():
         for s in steps:
             torch.testing.assert_close(s.denoised, model(s.x, s.t))
         assert 0 < out.seconds < 60 and out.status == "ok" and out.end == grid.t[-1]
+    network = Denoiser(Halves(), VP, "noise").double()
+    predictor_corrector(solvers.ddim()).solve(network, x, grid, noise=noise, callback=steps.append)
+    for s in steps[-4:]:
+        torch.testing.assert_close(s.denoised, network(s.x, s.t))
     seen = []
     chain = langevin(
         model, x, 1.0, step=0.1, steps=3, noise=noise, callback=lambda k, x: seen.append((k, x.clone()))

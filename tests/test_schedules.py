@@ -171,6 +171,13 @@ def test_ends_of_a_learned_schedule_are_numbers_or_learned_too() -> None:
     assert free.log_snr_max.grad == 1 == free.log_snr_min.grad  # pyright: ignore
 
 
+def test_the_price_of_an_inverse(monkeypatch) -> None:
+    asked, schedule, plain = [], RandomLearned(0), Learned.B
+    monkeypatch.setattr(Learned, "B", lambda self, t: asked.append(t) or plain(self, t))
+    schedule.time(f64(0.3, 0.7))
+    assert len(asked) == 90
+
+
 def test_nodes_of_a_table_are_a_tuple_of_floats(unchecked: None) -> None:
     for nodes in ([0, 1, 2], torch.tensor([0, 1, 2]), iter((0, 1, 2))):
         table = Tabulated(nodes)  # pyright: ignore[reportArgumentType]
