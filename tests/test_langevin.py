@@ -540,10 +540,10 @@ class Halves(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.half = torch.nn.Parameter(torch.tensor(0.5))
+        self.factor = torch.nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x, t):
-        return self.half * x
+        return self.factor * x
 
 
 def test_what_callbacks_see():
