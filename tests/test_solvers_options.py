@@ -304,8 +304,9 @@ def test_a_callback_sees_the_data_that_any_network_means(predicts: Any) -> None:
         assert torch.allclose(step.denoised, model(step.x, step.t), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("sde", [VP, EDM()])
 @pytest.mark.parametrize(("order", "calls"), [(1, 2), (2, 4)])
-def test_what_a_run_of_the_reversible_solver_reports(order: int, calls: int) -> None:
+def test_what_a_run_of_the_reversible_solver_reports(order: int, calls: int, sde: LinearSDE) -> None:
     """Both ways: calls, with those for the callback; time and state of each step; end and the second copy."""
     made = []
 
@@ -314,8 +315,8 @@ def test_what_a_run_of_the_reversible_solver_reports(order: int, calls: int) -> 
             made.append(float(t))
             return super().forward(x, t)
 
-    solver, x, model = reversible(order, 0.9), torch.linspace(-1, 1, 6, dtype=F64).view(3, 2), Counted(VP)
-    for grid in (regular(VP, 3), regular(VP, 3).reversed()):
+    solver, x, model = reversible(order, 0.9), torch.linspace(-1, 1, 6, dtype=F64).view(3, 2), Counted(sde)
+    for grid in (regular(sde, 3), regular(sde, 3).reversed()):
         made.clear()
         plain = solver.solve(model, x, grid)
         assert plain.network_calls == len(made) == 3 * calls and plain.path == ()
@@ -327,7 +328,7 @@ def test_what_a_run_of_the_reversible_solver_reports(order: int, calls: int) -> 
         for k, step in enumerate(watched.path, 1):
             upto = Grid(grid.t[: k + 1], grid.lam[: k + 1], grid.label[: k + 1])
             assert torch.allclose(solver.solve(model, x, upto).x, step.x, rtol=1e-13, atol=1e-13)
-            assert torch.equal(Wavy(VP)(step.x, torch.tensor(step.t, dtype=F64)), step.denoised)
+            assert torch.equal(Wavy(sde)(step.x, torch.tensor(step.t, dtype=F64)), step.denoised)
         assert torch.equal(watched.x, plain.x) and plain.end == float(grid.t[-1])
         assert plain.companion is not None and not torch.equal(plain.companion, plain.x)
         back = solver.solve(model, (plain.x, plain.companion), grid.reversed())
@@ -438,6 +439,9 @@ def test_restarts_hang_at_their_nodes_in_any_order() -> None:
     assert one_by_one == [28, 28]
     coarse = Grid.of(sde, torch.tensor([80.0, 20.0], dtype=F64))  # its only node is above 0.3
     assert len(solvers.restart().tableau(sde, coarse)) == 2
+    at_high = torch.tensor([2.0, 1.0], dtype=F64)  # nothing to come down from
+    assert len(solvers.restart(((0.9, 1.0, 1, 1),)).tableau(sde, at_high)) == 2
+    assert len(solvers.restart(((0.9, 1.001, 1, 1),)).tableau(sde, at_high)) == 4
     assert len(solvers.restart().tableau(sde, torch.tensor([80.0, 0.0], dtype=F64))) == 1
     assert solvers.restart(((0.1, 0.3, 2, 4), (0.5, 0.9, 1, 3))).calls(5) == 10 + 16 + 6
 

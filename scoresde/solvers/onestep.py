@@ -27,7 +27,7 @@ HO = "Ho et al. 2020, arXiv:2006.11239"
 def one_step_table(name: str, times: Tensor, coefficients: Coefficients) -> Tableau:
     """The table that remembers D and nothing else."""
     keep, mix, noise = coefficients
-    return Tableau(times, torch.zeros_like(keep), torch.ones_like(keep), keep, mix[:, None], noise, name)
+    return Tableau(times, torch.zeros_like(noise), torch.ones_like(noise), keep, mix[:, None], noise, name)
 
 
 def _solver(name: str, rule: Rule, card: Card, options: tuple = ()) -> TableSolver:
