@@ -747,6 +747,15 @@ def test_the_time_and_the_evaluations_of_a_run(unchecked):
             assert out.evaluations.add_(1).tolist() == [out.network_calls + 1] * 2
 
 
+@pytest.mark.parametrize("solver", [scipy_ode(), torchsde_solver("heun", True)], ids=["scipy", "torchsde"])
+def test_from_below_the_default_end_to_the_data(solver):
+    model, noise = Affine(gaussian(), VP), Noise.of(0, batch=2, dtype=F64)
+    x = noise.prior((2, 1))
+    out = solver.solve(model, x, torch.tensor([5e-4, 0.0], dtype=F64), noise=noise)
+    assert torch.equal(out.x, model(x, 5e-4)) and out.status == "ok" and out.end == 0
+    assert out.network_calls <= 3
+
+
 def test_the_last_four_calls_are_remembered():
     model, counted = Affine(gaussian(), VP), Calls()
     x, sde = torch.ones(2, 1, dtype=F64), ReverseTime(model, torch.Size((2, 1)), TORCHSDE["euler"], counted)

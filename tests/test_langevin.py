@@ -526,8 +526,9 @@ def test_the_watch_of_an_accelerator_by_its_first_call():
         watch.bad = torch.full((), -1)
         watch(torch.tensor([first, 1.0]), 0.5)
         watch(torch.zeros(2), 0.25)
+        watch(torch.tensor([1.0, first]), 0.125)
         if expected is None:
-            assert watch.finish() == 2
+            assert watch.finish() == 3
         else:
             with pytest.raises(FloatingPointError, match=expected):
                 watch.finish()

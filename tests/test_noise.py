@@ -487,6 +487,12 @@ def test_sizes_of_what_is_made_at_once(monkeypatch):
     for row in range(9):
         noise(row, (1, 2**14))
     assert made == [1, 4, 4]
+    made.clear()
+    monkeypatch.setattr(module, "_AHEAD", 6)
+    noise = Noise.of(0, batch=1)
+    for row in (*range(17), 16, 16):
+        noise(row, (1, 1))
+    assert made == [1, 4, 6, 6]
 
 
 def test_rows_in_order_cost_one_query_each(monkeypatch):
@@ -716,6 +722,7 @@ def test_each_sample_may_have_its_own_clock(device, dtype):
     narrow = torch.tensor(clock, device=device, dtype=torch.float32)  # widened: its own value, not 0.7
     assert torch.equal(path(narrow), path(narrow.double()))
     assert torch.equal(BrownianPath(path.source.shift(5), path.shape, 0.0, 2.0)(0.7), path(0.7))
+    assert not path(torch.tensor(0.7, requires_grad=True, device=device)).requires_grad
 
 
 @pytest.mark.slow
