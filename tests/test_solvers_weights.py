@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from protocol import VP
 
+from scoresde import solvers
 from scoresde.sde import EDM, VPSDE, LinearSDE, Rectified
 from scoresde.solvers.weights import step_weights
 
@@ -213,3 +214,46 @@ def test_noise_levels_add_up() -> None:
         single = step_weights(VP, t[i : i + 1], t[i + 1 : i + 2], t[i : i + 1, None], tau=value)
         for a, b in zip(numbers, single, strict=True):
             assert torch.allclose(a[i], b[0], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("stored", ["data", "noise", "flow"])
+@pytest.mark.parametrize("tau", [0.0, 0.7, lambda lam: 0.4 + 0.3 * (2 * lam).sin()])
+def test_what_bh1_and_bh2_put_in_place_of_the_moment(stored: str, tau) -> None:
+    """`h W(end)/2` and `mu_0/2`, with W(end) = sigma_t alpha/(sigma q) (1 + tau^2) at the end of the step."""
+    lam = torch.tensor([-0.6, 0.2, 1.1], dtype=torch.float64)
+    t = VP.time(2 * lam)
+    alpha, sigma = VP.alpha(t[2]), VP.sigma(t[2])
+    options = {"stored": stored, "tau": tau}
+    _, exact, _ = step_weights(VP, t[1:2], t[2:], t[[1, 0]][None], **options)
+    one, two = (
+        step_weights(VP, t[1:2], t[2:], t[[1, 0]][None], rule=rule, **options)[1] for rule in ("bh1", "bh2")
+    )
+    q = {"data": 1.0, "noise": -alpha / sigma, "flow": -(alpha + sigma) / sigma}[stored]
+    level = tau(lam[2]) if callable(tau) else tau
+    end, h = alpha / q * (1 + level**2), lam[2] - lam[1]
+    share = h / (lam[1] - lam[0])
+    expected = (h * end - exact.sum()) / 2 * share
+    assert float((one - two)[0, 0]) == pytest.approx(float(expected), rel=1e-10)
+    assert float((one - two).sum()) == pytest.approx(0, abs=1e-14)
+    shift = (one - exact)[0, 0] / share
+    assert float(h * end / 2 - shift) == pytest.approx(float(-exact[0, 1] / share), rel=1e-9)
+
+
+def test_the_flow_is_the_default() -> None:
+    t = VP.time(torch.tensor([-1.0, 1.0, -1.5], dtype=torch.float64))
+    plain = step_weights(VP, t[:1], t[1:2], t[[0, 2]][None])
+    for found, expected in zip(
+        plain,
+        step_weights(
+            VP, t[:1], t[1:2], t[[0, 2]][None], stored="data", variable="lam", tau=0.0, rule="exact"
+        ),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    assert plain[2].item() == 0
+
+
+def test_what_needs_a_signal_says_so() -> None:
+    for solver in (solvers.dpm(2), solvers.heun(), solvers.deis(2)):
+        with pytest.raises(ValueError, match=r"remembers noise, found alpha = 0 at t = 1\.0; remember data"):
+            solver.tableau(Rectified(), torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64))

@@ -81,7 +81,7 @@ VARIABLES: dict[str, Callable[[LinearSDE, Tensor, Tensor], Tensor]] = {
     # near 1
     "lam": lambda sde, lam, base: lam,
     "sigma/alpha": lambda sde, lam, base: torch.expm1(base - lam),
-    "sigma": lambda sde, lam, base: (-lam).sigmoid(),
+    "sigma": lambda sde, lam, base: lam.sigmoid(),
     "t": lambda sde, lam, base: sde.time(2 * lam),
 }
 
@@ -196,7 +196,8 @@ def step_weights(
         theta = (u(sde, lam_nodes, lam_s[:, None]) - start) / (end - start)
         position = (u(sde, lam, lam_s[:, None]) - start) / (end - start)
         mu0, mu1, mu2 = (h[:, 0] * (kernel * w * position**k).sum(1) for k in range(3))
-        last = (1 + tau2[:, -1]) * _scaled_weight(kind, sde, t, lam_t[:, None], lam_t[:, None])[:, 0]
+        last = 1 + _noise_level(tau, lam_t[:, None]) ** 2
+        last = (last * _scaled_weight(kind, sde, t, lam_t[:, None], lam_t[:, None]))[:, 0]
         b = b + change(Moments(theta, (mu0, mu1, mu2), h[:, 0], last))[:, None] * _highest_difference(theta)
     C = sde.sigma(t) * (h[:, 0] * (2 * tau2 * decay**2 @ w)).sqrt()
     return A, b, C
@@ -218,7 +219,7 @@ def _noise_level(tau: Tau | Tensor, lam: Tensor) -> Tensor:
 def _scaled_weight(kind: Stored, sde: LinearSDE, t: Tensor, lam: Tensor, lam_t: Tensor) -> Tensor:
     """sigma_t alpha/(sigma q); for data in the form that cannot overflow."""
     if kind.prediction is DATA:
-        return sde.alpha(t)[:, None] * (lam - lam_t).exp()
+        return sde.alpha(t)[:, None] * kind.weight(sde, lam - lam_t)
     return sde.sigma(t)[:, None] * kind.weight(sde, lam)
 
 
