@@ -319,10 +319,8 @@ def test_differences_are_corrector_minus_predictor_of_each_order():
 
 def test_the_order_moves_to_the_smallest_error_and_rises_at_the_start():
     """Columns: starting, starting with errors that rise, settled (down, stay, up), rejected (up is not free),
-    an order of which too little is known, the highest and the lowest."""
-    near = torch.tensor(
-        [[2, 3, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4], [5, 6, 6], [1, 1, 2]]
-    ).T
+    an order of which too little is known, the highest and the lowest, the highest at the start."""
+    near = torch.tensor([*[[2, 3, 4]] * 7, [5, 6, 6], [1, 1, 2], [5, 6, 6]]).T
     errors = torch.tensor(
         [
             [0.3, 0.2, math.nan],
@@ -334,15 +332,16 @@ def test_the_order_moves_to_the_smallest_error_and_rises_at_the_start():
             [0.5, 0.4, 0.1],
             [0.3, 0.2, 0.2],
             [0.2, 0.2, 0.3],
+            [0.3, 0.2, 0.2],
         ],
         dtype=F64,
     ).T
-    known = torch.tensor([3, 3, 9, 9, 9, 9, 3, 9, 9])
+    known = torch.tensor([3, 3, 9, 9, 9, 9, 3, 9, 9, 6])
     order, change = next_step(near, errors, errors[1] <= 1, known)
-    assert order.tolist() == [4, 2, 2, 3, 4, 3, 4, 6, 1]
-    judged = torch.tensor([0.2, 0.2, 0.1, 0.1, 0.1, 2.0, 0.4, 0.2, 0.2], dtype=F64)
-    power = torch.tensor([4, 3, 3, 4, 5, 4, 4, 7, 2], dtype=F64)
-    growth = torch.tensor([5.0, 1.5, 1.5, 1.5, 1.5, 1.0, 5.0, 1.5, 1.5], dtype=F64)
+    assert order.tolist() == [4, 2, 2, 3, 4, 3, 4, 6, 1, 6]
+    judged = torch.tensor([0.2, 0.2, 0.1, 0.1, 0.1, 2.0, 0.4, 0.2, 0.2, 0.2], dtype=F64)
+    power = torch.tensor([4, 3, 3, 4, 5, 4, 4, 7, 2, 7], dtype=F64)
+    growth = torch.tensor([5.0, 1.5, 1.5, 1.5, 1.5, 1.0, 5.0, 1.5, 1.5, 1.5], dtype=F64)
     torch.testing.assert_close(change, torch.minimum(0.65 * judged ** (-1 / power), growth))
     # a lower order whose step would have been accepted does not make a rejected one longer
     down, change = next_step(
@@ -765,8 +764,11 @@ def test_times_and_noise_are_checked():
     for wrong in (None, lambda row, shape: torch.zeros(shape)):
         with pytest.raises(TypeError, match=r"scoresde\.noise\.Noise"):
             adaptive_sde().solve(model, x, ends(VP), noise=wrong)
-    short = adaptive_ode().solve(model, x, torch.tensor([1e-4, 0.0], dtype=F64))  # from below the default end
-    assert short.status == OK and torch.equal(short.x, model(x, 1e-4))
+    for solver in LOOSE:  # from below the default end
+        short = solver.solve(model, x, torch.tensor([1e-4, 0.0], dtype=F64), noise=noise)
+        assert short.status == OK and torch.equal(short.x, model(x, 1e-4)) and short.end == 0
+    with pytest.raises(ValueError, match=r"expected times `at` between 1\.0 and 0\.001"):
+        adaptive_ode(at=(5e-4,)).solve(model, x, ends(VP, end=0.0))
 
 
 # --- the SDE: its law and its path --------------------------------------------------------------------------

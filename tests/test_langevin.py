@@ -581,6 +581,19 @@ def test_no_corrections_run_either_way_and_need_no_noise():
     for times in (grid, grid.reversed()):
         plain = solvers.ddim().solve(model, x, times).x
         assert torch.equal(predictor_corrector(solvers.ddim(), 0).solve(model, x, times).x, plain)
+    for predictor in (solvers.dpm_fast(), solvers.edm(churn=40.0)):  # which do not stop at every node
+        noise, times = Noise.of(0, batch=3, dtype=F64), grids.karras(VP, 9)
+        plain = predictor.solve(model, x, times, noise=noise).x
+        assert torch.equal(predictor_corrector(predictor, 0).solve(model, x, times, noise=noise).x, plain)
+
+
+@pytest.mark.parametrize("norm", ["sample", "batch"])
+def test_without_score_and_noise_nothing_moves(norm):
+    model, grid = Zero(Gaussian(torch.zeros(4, dtype=F64), 0.3), VP), grids.uniform(VP, 2)
+    x, still = torch.ones(3, 4, dtype=F64), lambda k, shape: torch.zeros(*shape, dtype=F64)
+    plain = solvers.ddim().solve(model, x, grid).x
+    out = predictor_corrector(solvers.ddim(), 1, 0.16, norm).solve(model, x, grid, noise=still).x
+    torch.testing.assert_close(out, plain)
 
 
 def test_cards_of_langevin_dynamics():
@@ -603,6 +616,10 @@ def test_cards_of_langevin_dynamics():
 def test_square_norms(n):
     v = torch.linspace(-1, 2, 2 * n, dtype=F64).reshape(2, n)
     torch.testing.assert_close(square_norm(v), v.norm(dim=1) ** 2, rtol=1e-13, atol=0)
+
+
+def test_square_norms_of_nothing():
+    assert square_norm(torch.zeros(2, 0)).tolist() == [0, 0] and square_norm(torch.zeros(0, 3)).shape == (0,)
 
 
 @pytest.mark.parametrize("norm", ["sample", "batch", "sigma"])

@@ -76,7 +76,7 @@ class Control:
 
         What is only rounding stays below 1: rtol counts as at least 8 units in the last place of the state.
         """
-        rtol = max(self.rtol, 8 * torch.finfo(before.dtype).eps)
+        rtol = max(self.rtol, 8 * torch.finfo(difference.dtype).eps)
         scale = self.atol + rtol * torch.maximum(before.abs(), after.abs()).double()
         squares = (difference.double() / scale.clamp_min(torch.finfo(torch.float64).tiny)).square().flatten(1)
         return (total(squares) / squares.shape[1]).sqrt()

@@ -211,8 +211,8 @@ class AdaptiveODE:
         slope = ledger.evaluate(FLOW, x, t)
         euler = self.control.error(like(goal.exp() - s.exp(), x) * slope, y, y)
         h = START * (goal - s) / euler.clamp_min(1.0).sqrt()
-        empty = torch.zeros_like(x)[:, None].expand(-1, self.order, *x.shape[1:])
-        nodes, outputs = s.exp()[:, None].repeat(1, self.order + 1), torch.cat([slope[:, None], empty], 1)
+        nodes = s.exp()[:, None].repeat(1, self.order + 1)
+        outputs = slope[:, None].expand(-1, self.order + 1, *x.shape[1:])
         one = torch.ones_like(ledger.active)
         return RankedState(t, s, x, h, finite(slope), nodes, outputs, one, one)
 
