@@ -200,6 +200,24 @@ def test_spread_noise_does_not_keep_a_point_mass(churn: float, spread: float) ->
             check_point_mass(table, VP, tolerance=1e-5)
 
 
+def test_examples_that_are_no_tables() -> None:
+    """The others are pinned by name in test_solvers_pinned.py."""
+    names = [name for name, solver in examples().items() if not isinstance(solver, TableSolver)]
+    assert names[:6] == [
+        "reversible(order=1, coupling=0.999)",
+        "reversible(order=2, coupling=0.999)",
+        "predictor_corrector(reverse_diffusion(rule='exact'), corrector_steps=1, snr=0.16, norm='sample')",
+        "predictor_corrector(dpmpp(order=2, singlestep=False, rule='exact'), corrector_steps=1, snr=0.16, "
+        "norm='sigma')",
+        "adaptive_ode(rtol=0.0001, atol=0.0001, order=6, max_calls=1000)",
+        "adaptive_sde(rtol=0.05, atol=0.025, max_calls=2000)",
+    ]
+    assert [name.split("'")[1] for name in names[6:]] == [
+        *("RK45", "DOP853", "LSODA"),
+        *("euler", "milstein", "srk", "euler_heun", "heun", "midpoint", "log_ode", "reversible_heun"),
+    ]
+
+
 def test_every_solver_is_read_from_what_it_prints() -> None:
     for name in examples():
         assert repr(parse(name)) == name
@@ -416,6 +434,8 @@ def test_ends_of_a_table_as_a_solver() -> None:
     solver = solvers.from_tableau(solvers.ddim().tableau(VP, t))
     card = solver.card
     assert (card.order, card.weak_order, card.calls_per_step, card.stochastic) == (None, None, 1, False)
+    with pytest.raises(ValueError, match="expected at least 2 calls"):
+        solver.steps_for(1)
     assert repr(solver) == "ddim()" and solver.steps_for(2) == 2 and solver.steps_for(7) == 7
     for start, end, fits in ((0.8, 0.0, False), (1 - 0.7e-9, 0.0, True), (1 - 1.5e-9, 0.0, False),
                              (1.0, 0.8e-12, True), (1.0, 1.5e-12, False)):  # fmt: skip
