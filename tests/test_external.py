@@ -223,6 +223,32 @@ def test_a_step_that_underflows_is_told(unchecked):
         out = scipy_ode(method).solve(model, x, grid, callback=lambda s: s.t)
         assert out.status == "step underflow" and bool(out.x.isfinite().all())
         assert out.path == (1.0, 0.8, 0.6) and out.network_calls == len(model.times) < 2000
+        at_once = scipy_ode(method).solve(model, x, grid[3:], callback=lambda s: s.t)
+        assert at_once.status == "step underflow" and at_once.path == () and torch.equal(at_once.x, x)
+
+
+def test_dense_output_of_several_runs_ends_with_the_first_of_them(unchecked):
+    """One sample meets NaN below t = 0.5; and the last node is seen where the run stops there itself."""
+
+    class Bad(ExactDenoiser):
+        def as_view(self, target, x, t, *, bad):
+            return self.score(x, t, bad=bad)
+
+        def forward(self, x, t, *, bad):
+            return super().forward(x, t)
+
+        def score(self, x, t, *, bad):
+            return torch.where(bad[:, None] & (float(t) < 0.5), math.nan, super().score(x, t))
+
+    x, bad = torch.ones(2, 1, dtype=F64), torch.tensor([False, True])
+    model, grid = Bad(gaussian(), VP), torch.tensor([1.0, 0.9, 0.8, 0.3, 0.2, 0.1], dtype=F64)
+    solver = scipy_ode(per_sample=True)
+    out = solver.solve(model.given(bad=bad), x, grid, callback=lambda s: s.t)
+    assert out.status == ("ok", "network returned NaN or Inf") and out.path == (1.0, 0.9, 0.8)
+    assert solver.solve(model.given(bad=bad[:0]), x[:0], grid, callback=lambda s: s.t).path == ()
+    ends = torch.tensor([1.0, 1e-3, 0.0], dtype=F64)
+    out = scipy_ode().solve(Affine(gaussian(), VP), x, ends, callback=lambda s: s.t)
+    assert out.path == (1.0, 1e-3)
 
 
 def test_callbacks_may_keep_nothing(unchecked):
@@ -464,6 +490,12 @@ def test_the_time_integral_has_the_right_law():
     assert float(W @ W) == pytest.approx(h) and float(W @ U) == pytest.approx(h**2 / 2)
     assert float(U @ U) == pytest.approx(h**3 / 3)
     assert W.nonzero().tolist() == [[1]] and U.nonzero().tolist() == [[1], [3]]
+    path = PathIncrements(BrownianPath(Noise.of(0, batch=2, dtype=F64), (2, 3, 2), 0.0, 1.0))
+    for increments in (StepNoise(Noise.of(0, batch=2, dtype=F64), 0, 2, torch.Size((2, 3, 2))), path):
+        plain = increments(torch.tensor(0.2), torch.tensor(0.5))
+        assert plain.shape == (2, 6)
+        both = increments(torch.tensor(0.2), torch.tensor(0.5), return_A=True)
+        assert torch.equal(both[0], plain) and both[1] is None
 
 
 @pytest.mark.parametrize("method", ["euler", "srk", "reversible_heun", "heun"])
@@ -639,6 +671,11 @@ def test_adaptive_statuses_and_counts(unchecked):
         model, x, grid, noise=noise, callback=lambda s: seen.append(s) or s.k
     )
     assert out.path == (0,) and torch.equal(seen[0].x, x) and out.network_calls == len(model.times)
+    assert seen[0].t == 1.0 and torch.equal(seen[0].denoised, model(x, 1.0))
+    model.times.clear()
+    three = torch.tensor([0.5, 0.45, 0.3], dtype=F64)
+    torchsde_solver("euler", True, 0.9, 1e3).solve(model, x, three, noise=noise)
+    assert model.times[:2] == pytest.approx([0.5, 0.475])  # the first try is the grid's first step, halved
     to_data = torchsde_solver("euler", True).solve(
         model, x, torch.tensor([1.0, 0.9, 0.0], dtype=F64), noise=noise
     )
