@@ -151,12 +151,11 @@ def execute(
     with torch.no_grad(), evaluating(model):
         x = x.clone()  # dense: kernels round differently on strided and expanded states
         rows = model.rows(table.times[:-1], x)
-        bad = torch.full((), len(table), device=x.device)
-        guard = partial(check_finite, table) if x.device.type == "cpu" else partial(_mark_first_bad, bad)
+        bad = _FirstBad(table, torch.full((), len(table), device=x.device))
+        guard = partial(check_finite, table) if x.device.type == "cpu" else bad
         before = guard if callback is None else _Watched(guard, rows, table.times, callback, path)
         result = run(table, rows, x, noise, before=before)
-        if int(bad) < len(table):
-            raise not_finite(table, int(bad))
+        bad.report()
     return Samples(
         result, len(table), time.perf_counter() - started, path=tuple(path), end=float(table.times[-1])
     )
@@ -165,7 +164,7 @@ def execute(
 class _Watched(NamedTuple):
     """Shows each row to a callback after the guard, and keeps what it returns."""
 
-    guard: Callable[[int, Tensor, Tensor], None]
+    guard: Callable[[int, Tensor, Tensor], object]
     rows: Rows
     times: Tensor
     callback: Callback
@@ -178,9 +177,19 @@ class _Watched(NamedTuple):
         self.path.extend([] if kept is None else [kept])
 
 
-def _mark_first_bad(bad: Tensor, k: int, x: Tensor, F: Tensor) -> None:
-    """Keeps the first row with a non-finite output in `bad`, on the device, without branching."""
-    bad.copy_(torch.where(F.isfinite().all(), bad, bad.clamp(max=k)))
+class _FirstBad(NamedTuple):
+    """Keeps the first row with a non-finite output on the device, without branching; `row` starts at the
+    number of rows, and is read once, for the report."""
+
+    table: Tableau
+    row: Tensor
+
+    def __call__(self, k: int, x: Tensor, F: Tensor) -> None:
+        self.row.copy_(torch.where(F.isfinite().all(), self.row, self.row.clamp(max=k)))
+
+    def report(self) -> None:
+        if int(self.row) < len(self.table):
+            raise not_finite(self.table, int(self.row))
 
 
 def check_calls(calls: int, least: int, solver: object) -> None:
