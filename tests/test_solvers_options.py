@@ -201,7 +201,7 @@ def test_spread_noise_does_not_keep_a_point_mass(churn: float, spread: float) ->
 
 
 def test_examples_that_are_no_tables() -> None:
-    """The others are pinned by name in test_solvers_all_pinned.py."""
+    """The others are pinned by name in test_pinned.py."""
     names = [name for name, solver in examples().items() if not isinstance(solver, TableSolver)]
     assert names[:6] == [
         "reversible(order=1, coupling=0.999)",

@@ -129,6 +129,16 @@ def test_step_weights_to_rounding(stored: str, h: float) -> None:
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("variable", ["lam", "sigma/alpha", "sigma", "t"])
+def test_small_steps_at_small_noise_keep_their_digits(variable: str) -> None:
+    times, lam = at_lam(WIDE, [12.0, 12.01, 11.993])
+    _, b, _ = step_weights(WIDE, times[:1], times[1:2], times[[0, 2]][None], variable=variable)
+    expected = oracle_weights(WIDE, lam[0], lam[1], [lam[0], lam[2]], "data", variable, 0.0)[1]
+    # lam = 12 is rounded by 1e-15, less than 1e-12 of the step
+    assert b[0].tolist() == pytest.approx(expected, rel=2e-12, abs=0)
+
+
+@pytest.mark.oracle
 def test_step_weights_in_closed_form() -> None:
     """Order 1 and 2, data and noise: alpha_t (1 - e^(-a h)) and its next moment; sigma_t (e^h - 1)."""
     for h in (1e-4, 1e-2, 0.5, 5.0):

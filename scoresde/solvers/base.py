@@ -109,7 +109,7 @@ class TableSolver:
         """The table for `sde` on a Grid or a decreasing tensor of times. Raises ValueError for a stochastic
         solver on a reversed grid."""
         grid = Grid.of(sde, times)
-        if self.card.stochastic and int(grid.t.argmin()) == 0:  # from data to noise
+        if self.card.stochastic and float(grid.t[0]) < float(grid.t[-1]):
             raise ValueError(
                 f"{self} is stochastic and cannot run from data to noise: encode with a deterministic solver"
             )

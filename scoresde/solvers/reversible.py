@@ -65,7 +65,7 @@ class Reversible:
             )
         scale = _scale(model.sde, grid.t).tolist()
         y, z = (copy / scale[0] for copy in from_pair(x))
-        undo = int(grid.t.argmin()) == 0  # from data to noise
+        undo = float(grid.t[0]) < float(grid.t[-1])
         path = []
         with evaluating(model):
             for k in range(len(grid)):

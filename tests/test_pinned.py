@@ -1,7 +1,7 @@
 """Every table solver gives what it gave when the other tests here had confirmed it: its card, its calls, and
 samples on three processes to nine digits, in pinned_solvers.json. A change of any of them is meant, or wrong.
 
-`python -m tests.test_solvers_all_pinned` in the folder above writes them anew.
+`python -m tests.test_pinned` in the folder above writes them anew.
 """
 
 from __future__ import annotations
