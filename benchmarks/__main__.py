@@ -90,6 +90,11 @@ PARTS = [
         "How much does tuning a table gain on noises it has not seen?",
         "--quick --problems ring --calls 6 10 --out {out}",
     ),
+    _part(
+        "tuning_grid",
+        "How much does tuning the grid alone gain over the best fixed one?",
+        "--problems ring --calls 6 10 --seconds 5 --out {out}",
+    ),
 ]
 
 

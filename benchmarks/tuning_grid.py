@@ -24,11 +24,10 @@ from .accuracy import FLIP, RESULTS, SDE
 from .tuning import CALLS, Board, board, ends_of, held_out, scored
 
 GOAL = 1.05  # of the error on the best fixed grid, at most
-SECONDS = 30.0
 SOLVERS = [solvers.dpmpp(2), solvers.unipc(3), solvers.exponential(3, corrector=4, variable="t")]
 
 
-def measure(name: str, here: Board, solver: TableSolver, calls: int) -> dict[str, Any]:
+def measure(name: str, here: Board, solver: TableSolver, calls: int, seconds: float) -> dict[str, Any]:
     """A row of results."""
     x, wanted = held_out(here, False)
     tables = {
@@ -42,7 +41,7 @@ def measure(name: str, here: Board, solver: TableSolver, calls: int) -> dict[str
         here.model,
         solver,
         calls,
-        SECONDS,
+        seconds,
         "grid",
         shape=here.shape,
         n=n,
@@ -79,13 +78,13 @@ def line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(map(str, [*cells, f"{row['ratio']:.2f}{missed}"])) + " |"
 
 
-def report(rows: list[dict[str, Any]]) -> str:
+def report(rows: list[dict[str, Any]], seconds: float) -> str:
     ratios = torch.tensor([row["ratio"] for row in rows], dtype=torch.float64)
     return "\n".join(
         [
             "# The same solver on the best fixed grid and on a tuned one",
             "",
-            f"Made by `python -m benchmarks.tuning_grid`, at most {SECONDS:g} s a grid. Errors: root mean "
+            f"Made by `python -m benchmarks.tuning_grid`, at most {seconds:g} s a grid. Errors: root mean "
             "square without flips (share of flips) on noises held out; the fixed grid is the best on these.",
             "",
             HEAD,
@@ -102,20 +101,21 @@ def main() -> None:
     names = ["ring", "anisotropic", "subspace", "digits"]
     parser.add_argument("--problems", nargs="+", default=names, choices=names)
     parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
+    parser.add_argument("--seconds", type=float, default=30.0, help="for a grid")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = [
-        measure(name, here, solver, calls)
+        measure(name, here, solver, calls, args.seconds)
         for name in args.problems
         for here in [board(name)]
         for solver in SOLVERS
         for calls in args.calls
     ]
     (args.out / "tuning_grid.json").write_text(json.dumps(rows).replace('{"problem"', '\n{"problem"') + "\n")
-    (args.out / "tuning_grid.md").write_text(report(rows))
-    print(report(rows))
+    (args.out / "tuning_grid.md").write_text(report(rows, args.seconds))
+    print(report(rows, args.seconds))
 
 
 if __name__ == "__main__":
