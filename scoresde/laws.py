@@ -370,8 +370,8 @@ class ExactDenoiser(BaseDenoiser):
         self.law = law
         self._engine, self._singular = law._engine(), law._spectrum.singular
 
-    def _apply(self, fn: Any, recurse: bool = True) -> ExactDenoiser:
-        super()._apply(fn, recurse)
+    def _apply(self, *how: Any, **options: Any) -> ExactDenoiser:
+        super()._apply(*how, **options)
         self._place(self.law.to(self.device, self.dtype))
         return self
 

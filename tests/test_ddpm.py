@@ -347,7 +347,7 @@ def test_indices_of_other_dtypes(i) -> None:
 
 def test_transitions_go_forward() -> None:
     for j, i in ((2, 2), (3, 2), (torch.tensor([1, 5]), 5)):
-        with pytest.raises(ValueError, match="expected j < i, found"):
+        with pytest.raises(ValueError, match=r"found j = (2\.\.2|3\.\.3|1\.\.5), i = (2\.\.2|5\.\.5)$"):
             discretize(VPSDE(), 9).transition(torch.zeros(2, 1), j, i)
 
 

@@ -157,6 +157,15 @@ def test_view_converts_every_pair(sde, share: float, values: list[float]) -> Non
             close(back_a + back_b * a, torch.zeros_like(a), atol=1e-14 * float(back_a.abs() + 1e-30))
 
 
+def test_views_of_what_is_proportional_need_no_state() -> None:
+    """Where x tells nothing else: data without noise, noise without signal."""
+    zero, one = f64(0.0), f64(1.0)
+    assert [v.item() for v in view(DATA, DATA, one, zero)] == [0, 1]
+    assert [v.item() for v in view(NOISE, NOISE, zero, one)] == [0, 1]
+    assert [v.item() for v in view(VELOCITY, NOISE, one, zero)] == [0, 1]
+    assert [v.item() for v in view(VELOCITY, DATA, zero, one)] == [0, -1]
+
+
 @over_predictions
 @over_sdes
 def test_target_is_what_raw_should_return(predicts, sde, dtype: torch.dtype) -> None:
@@ -363,10 +372,10 @@ class Recorder(nn.Module):
 
 
 def test_labels_between_nodes_and_without_a_table() -> None:
-    t = f64(0.5, 0.2504, 1.0)
+    t = f64(0.5, 0.2504, 0.2506, 1.0)
     for sde, steps in ((VPSDE(), 1000), (VESDE(), 1000), (VPSDE.from_betas([0.1] * 8), 8)):
         model = watched(sde, "index")
-        model(torch.zeros(3, 1), t)
+        model(torch.zeros(4, 1), t)
         close(model.network.seen[0][1], t * steps - 1, rtol=1e-14)
 
 

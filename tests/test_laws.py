@@ -588,7 +588,9 @@ def test_how_much_a_law_prints() -> None:
     assert repr(Gaussian(torch.zeros(9), torch.eye(9)).to(torch.float32)) == (
         "Gaussian(event_shape=(9,), cov=full, dtype=torch.float32, device=cpu)"
     )
-    shown = repr(Gaussian(0.7, 0.25).denoiser(VPSDE()))
+    exact = Gaussian(0.7, 0.25).denoiser(VPSDE())
+    assert [b.numel() for b in exact.buffers()] == [0] and not exact.state_dict()
+    shown = repr(exact)
     assert (
         shown == "ExactDenoiser(Gaussian([0.7], 0.25), VPSDE(schedule=Linear(beta_min=0.1, beta_max=20.0)))"
     )

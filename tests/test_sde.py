@@ -209,6 +209,14 @@ def test_no_time_from_the_noiseless_end_and_to_the_signalless_one(sde: LinearSDE
         assert a == 1 and noise == 0
 
 
+def test_bridge_is_in_the_state_s_dtype() -> None:
+    x_0, x_t = f64(0.3), f64(-2.0).float()
+    mean, std = VPSDE().bridge(x_0, x_t, 0.2, 0.6)
+    exact, exact_std = VPSDE().bridge(x_0, x_t.double(), 0.2, 0.6)
+    assert std.dtype == torch.float32 and std == exact_std.float()
+    assert mean.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
 def test_scales_share_no_memory_with_times() -> None:
     for sde in EXAMPLES:
         t = f64(0.25, 0.5)
