@@ -186,10 +186,11 @@ def _check_parts(
         raise TypeError(f"expected a function of a Step as callback, found {callback!r}")
 
 
-@torch.no_grad()
 def _check_prior(sde: LinearSDE, t: float) -> None:
-    """Warn if N(alpha x_0, sigma^2) is far from N(0, prior_std^2), x_0 of mean square 1."""
-    signal, noise = (float(v / sde.prior_std) ** 2 for v in (sde.alpha(t), sde.sigma(t)))
+    """Warn who called the caller if N(alpha x_0, sigma^2) is far from N(0, prior_std^2), x_0 of mean square
+    1."""
+    with torch.no_grad():
+        signal, noise = (float(v / sde.prior_std) ** 2 for v in (sde.alpha(t), sde.sigma(t)))
     gap = 0.5 * (signal + noise - 1 - math.log(noise)) if noise > 0 else math.inf
     if gap > 1e-3:
         warnings.warn(

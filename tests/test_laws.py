@@ -583,6 +583,10 @@ def test_a_law_is_what_it_prints() -> None:
 
 
 def test_how_much_a_law_prints() -> None:
+    assert repr(Gaussian(torch.zeros(2), torch.tensor([2.0, 2.0]))) == "Gaussian([0.0, 0.0], 2.0)"
+    assert repr(Mixture([0.5, 0.5], torch.zeros(2, 1), torch.tensor([2.0, 2.0]))).endswith(
+        "[[0.0], [0.0]], 2.0)"
+    )
     assert repr(Gaussian(torch.zeros(64), 1.0)).startswith("Gaussian([0.0, 0.0")
     assert repr(Gaussian(torch.zeros(8), torch.eye(8))).startswith("Gaussian([0.0, 0.0")
     assert repr(Gaussian(torch.zeros(9), torch.eye(9)).to(torch.float32)) == (

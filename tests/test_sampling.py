@@ -5,6 +5,7 @@ nothing left behind.
 from __future__ import annotations
 
 import cmath
+import inspect
 import math
 import os
 import re
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import scoresde
-from scoresde import grids, solvers
+from scoresde import grids, sampling, solvers
 from scoresde.denoiser import BaseDenoiser, Denoiser
 from scoresde.grids import Grid
 from scoresde.laws import Gaussian
@@ -425,6 +426,15 @@ def test_a_start_far_from_the_prior_is_told() -> None:
         sample(Normal(SubVPSDE()), (1, 1), solvers.ddim(), grid=grid)
 
 
+def test_the_warning_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the wrappers that check annotations here."""
+    monkeypatch.setattr(sampling, "_check_prior", inspect.unwrap(sampling._check_prior))
+    grid = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="starts at t = 0.5") as told:
+        inspect.unwrap(sample)(Normal(VP), (1, 1), solvers.ddim(), grid=grid)
+    assert told[0].filename == __file__
+
+
 def test_condition_is_passed_on() -> None:
     model = Denoiser(Pixelwise(), VP, "data")
     shift = torch.full((2, 3), 0.25)
@@ -699,6 +709,13 @@ def test_slerp_runs_along_the_great_circle():
     assert float((0.5 * (a + b)).flatten(1).norm(dim=1).max() / a.flatten(1).norm(dim=1).min()) < 0.9
     assert torch.equal(slerp(a, b, 0.25)[2:3], slerp(a[2:3], b[2:3], 0.25))
     assert slerp(a.float(), b.float(), 0.5).dtype == torch.float32
+
+
+def test_slerp_of_latents_of_different_norms():
+    """Half an angle of 45 degrees: both with the weight sin(22.5)/sin(45)."""
+    a, b = torch.tensor([[[3.0, 0.0]], [[1.0, 1.0]]], dtype=torch.float64)
+    weight = math.sin(math.pi / 8) / math.sin(math.pi / 4)
+    assert torch.allclose(slerp(a, b, 0.5), weight * (a + b), rtol=1e-14)
 
 
 def test_slerp_without_an_angle():
