@@ -130,8 +130,9 @@ def test_step_weights_to_rounding(stored: str, h: float) -> None:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("variable", ["lam", "sigma/alpha", "sigma", "t"])
-def test_small_steps_at_small_noise_keep_their_digits(variable: str) -> None:
-    times, lam = at_lam(WIDE, [12.0, 12.01, 11.993])
+@pytest.mark.parametrize("base", [12.0, -12.0])
+def test_small_steps_at_small_noise_or_signal_keep_their_digits(variable: str, base: float) -> None:
+    times, lam = at_lam(WIDE, [base, base + 0.01, base - 0.007])
     _, b, _ = step_weights(WIDE, times[:1], times[1:2], times[[0, 2]][None], variable=variable)
     expected = oracle_weights(WIDE, lam[0], lam[1], [lam[0], lam[2]], "data", variable, 0.0)[1]
     # lam = 12 is rounded by 1e-15, less than 1e-12 of the step

@@ -77,11 +77,11 @@ STORED = {
 }
 
 VARIABLES: dict[str, Callable[[LinearSDE, Tensor, Tensor], Tensor]] = {
-    # each is u(lam) up to an affine map, which a Lagrange polynomial does not see; differences keep their
-    # digits where the noise is small, and `base` keeps the numbers near 1
+    # each is u(lam) up to an affine map, which a Lagrange polynomial does not see: one in which differences
+    # near `base` keep their digits, where the noise is small as well as where the signal is
     "lam": lambda sde, lam, base: lam,
     "sigma/alpha": lambda sde, lam, base: torch.expm1(base - lam),
-    "sigma": lambda sde, lam, base: (-lam).sigmoid(),
+    "sigma": lambda sde, lam, base: ((base - lam) / 2).sinh() * (base / 2).cosh() / (lam / 2).cosh(),
     "t": lambda sde, lam, base: sde.time(2 * lam),
 }
 
