@@ -1,6 +1,6 @@
 """How well `select.recommend` predicts, from a batch of data, which solver and grid are best.
 
-    python -m benchmarks.recommend [--needs samples diversity] [--seed S] [--mixtures N] [--calls 5 10 ...]
+    python -m benchmarks.recommend [--need samples|diversity] [--seed S] [--mixtures N] [--calls 5 10 ...]
 
 VP(0.1, 20), t from 1 to 1e-3. Mixtures of 2 to 64 dimensions are drawn at random: 2 to 16 modes of unequal
 weight, each with its own rotated covariance; spreads and widths vary. `recommend` sees 2048 samples of one,
@@ -48,6 +48,7 @@ STRIDES = {"samples": 5, "diversity": 13}  # one candidate in so many
 SMALL, SHORT = 8, 20  # the most dimensions and calls of the stochastic half
 PART = 2**19  # numbers of a batch of states
 RESULTS = Path(__file__).parent / "results"
+FILES = {"samples": "recommend", "diversity": "recommend_diversity"}
 FIXED = (  # what else one might do: popular choices, and the best single one of benchmarks.accuracy
     "dpmpp(2) on log_snr",
     "unipc(3) on log_snr",
@@ -149,10 +150,8 @@ def outcome(predicted: list[float], order_by: list[float], true: list[float]) ->
 SURROGATES = {"mixture": mixture_surrogate, "gaussian": gaussian_surrogate}
 
 
-def one(
-    seed: int, number: int, dim: int, calls: Sequence[int], needs: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """A row for every need and number of calls."""
+def one(seed: int, number: int, dim: int, calls: Sequence[int], need: str) -> Iterator[dict[str, Any]]:
+    """A row for every number of calls."""
     generator = torch.Generator().manual_seed(seed + number)
     law = random_mixture(generator, dim)
     data = law.sample(DATA, generator=generator)
@@ -165,30 +164,24 @@ def one(
         "modes": len(law.means),
         "fitted": len(fitted["mixture"].law.means),
     }
-    for need in [need for need in needs if need == "samples" or dim <= SMALL]:
-        offered = pool(stochastic=need == "diversity")[:: STRIDES[need]]
-        for n in [n for n in calls if need == "samples" or n <= SHORT]:
-            found = {name: recommend(SDE, s, n, need, candidates=offered) for name, s in fitted.items()}
-            listed = [r.candidate for r in found["mixture"].ranking]
-            tables = [c.table(SDE, n) for c in listed]
-            row = {**about, "need": need, "calls": n, "candidates": len(listed)}
-            if need == "samples":
-                raw = true = true_distances(law, tables, generator)
-            else:
-                first, second = (true_laws(law, tables, generator) for _ in range(2))
-                raw, true = first.errors, first.excess()
-                row["ceiling"] = spearman(first.errors, second.errors)
-            for name in SURROGATES:
-                row[name] = outcome(predictions(found[name], listed), raw, true)._asdict()
-            row["fixed"] = {
-                c.name: e / min(true) for c, e in zip(listed, true, strict=True) if c.name in FIXED
-            }
-            row["seconds"] = {name: r.seconds for name, r in found.items()} | {"fit": fit_seconds}
-            row["best"], row["chosen"] = (
-                listed[true.index(min(true))].name,
-                found["mixture"].best.candidate.name,
-            )
-            yield row
+    offered = pool(stochastic=need == "diversity")[:: STRIDES[need]]
+    for n in calls:
+        found = {name: recommend(SDE, s, n, need, candidates=offered) for name, s in fitted.items()}
+        listed = [r.candidate for r in found["mixture"].ranking]
+        tables = [c.table(SDE, n) for c in listed]
+        row = {**about, "need": need, "calls": n, "candidates": len(listed)}
+        if need == "samples":
+            raw = true = true_distances(law, tables, generator)
+        else:
+            first, second = (true_laws(law, tables, generator) for _ in range(2))
+            raw, true = first.errors, first.excess()
+            row["ceiling"] = spearman(first.errors, second.errors)
+        for name in SURROGATES:
+            row[name] = outcome(predictions(found[name], listed), raw, true)._asdict()
+        row["fixed"] = {c.name: e / min(true) for c, e in zip(listed, true, strict=True) if c.name in FIXED}
+        row["seconds"] = {name: r.seconds for name, r in found.items()} | {"fit": fit_seconds}
+        row["best"], row["chosen"] = listed[true.index(min(true))].name, found["mixture"].best.candidate.name
+        yield row
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -204,44 +197,40 @@ def cells(rows: list[dict[str, Any]], name: str) -> list[str]:
 
 def report(result: dict[str, Any]) -> str:
     """The tables of the result in Markdown."""
-    rows, lines = result["rows"], []
-    for need in dict.fromkeys(row["need"] for row in rows):
-        here = [row for row in rows if row["need"] == need]
-        lines += [
-            f"## {need}",
-            "",
-            "| calls | mixtures | Spearman | error over the least: median | 90 % "
-            "| Gaussian: Spearman | median | 90 % | ceiling |",
-            "|---" * 9 + "|",
-        ]
-        for calls in [*dict.fromkeys(row["calls"] for row in here), "all"]:
-            part = [row for row in here if calls in (row["calls"], "all")]
-            ceiling = [row["ceiling"] for row in part if "ceiling" in row]
-            top = f"{sum(ceiling) / len(ceiling):.3f}" if ceiling else "-"
-            shown = [calls, len(part), *cells(part, "mixture"), *cells(part, "gaussian"), top]
-            lines.append("| " + " | ".join(map(str, shown)) + " |")
-        lines += [""]
-        for name in FIXED:
-            known = [row["fixed"][name] for row in here if name in row["fixed"]]
-            if known:
-                lines.append(
-                    f"Always {name}: {quantile(known, 0.5):.2f} times the least error in the median, "
-                    f"{quantile(known, 0.9):.2f} at 90 %."
-                )
-        lines += [""]
-    samples = [row for row in rows if row["need"] == "samples"] or rows
-    worst = sorted(samples, key=lambda row: -row["mixture"]["ratio"])[:5]
-    lines += ["Worst choices:", ""]
+    rows = result["rows"]
+    lines = [
+        f"## {rows[0]['need']}",
+        "",
+        "| calls | mixtures | Spearman | error over the least: median | 90 % "
+        "| Gaussian: Spearman | median | 90 % | ceiling |",
+        "|---" * 9 + "|",
+    ]
+    for calls in [*dict.fromkeys(row["calls"] for row in rows), "all"]:
+        part = [row for row in rows if calls in (row["calls"], "all")]
+        ceiling = [row["ceiling"] for row in part if "ceiling" in row]
+        top = f"{sum(ceiling) / len(ceiling):.3f}" if ceiling else "-"
+        shown = [calls, len(part), *cells(part, "mixture"), *cells(part, "gaussian"), top]
+        lines.append("| " + " | ".join(map(str, shown)) + " |")
+    lines += [""]
+    for name in FIXED:
+        known = [row["fixed"][name] for row in rows if name in row["fixed"]]
+        if known:
+            lines.append(
+                f"Always {name}: {quantile(known, 0.5):.2f} times the least error in the median, "
+                f"{quantile(known, 0.9):.2f} at 90 %."
+            )
+    worst = sorted(rows, key=lambda row: -row["mixture"]["ratio"])[:5]
+    lines += ["", "Worst choices:", ""]
     lines += [
         f"- {row['dim']} dimensions, {row['modes']} modes, {row['calls']} calls: "
         f"{row['mixture']['ratio']:.2f} times; {row['chosen']} for {row['best']}"
         for row in worst
     ]
-    fit, run = (quantile([row["seconds"][k] for row in samples], 0.5) for k in ("fit", "mixture"))
+    fit, run = (quantile([row["seconds"][k] for row in rows], 0.5) for k in ("fit", "mixture"))
     lines += [
         "",
         f"Seconds in the median: {fit:.2f} to fit both surrogates, {run:.2f} to rank "
-        f"{samples[0]['candidates']} candidates. Seed {result['seed']}; "
+        f"{rows[0]['candidates']} candidates. Seed {result['seed']}; "
         f"{result['cpu_seconds']:.0f} CPU seconds.",
         "",
     ]
@@ -255,27 +244,25 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    needs = list(dict.fromkeys(row["need"] for row in rows))
-    figure, axes = plt.subplots(2, len(needs), figsize=(5.2 * len(needs), 7), squeeze=False)
-    for column, need in zip(axes.T, needs, strict=True):
-        here = [row for row in rows if row["need"] == need]
-        for name, color, marker in (("gaussian", "#d95f02", "x"), ("mixture", "#1f77b4", "o")):
-            dims = [row["dim"] for row in here]
-            for axis, key in zip(column, ("spearman", "ratio"), strict=True):
-                axis.scatter(dims, [row[name][key] for row in here], s=14, c=color, marker=marker, label=name)
-        column[0].set(
-            title=need, xscale="log", ylim=(None, 1.02), ylabel="Spearman's correlation, all candidates"
-        )
-        column[1].set(
-            xscale="log", yscale="log", xlabel="dimensions", ylabel="error of the choice / least error"
-        )
-        column[1].axhline(1.25, color="gray", lw=0.8, ls=":")
-        for axis in column:
-            axis.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
-            axis.minorticks_off()
-            axis.grid(alpha=0.25, lw=0.6)
-            axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, title="surrogate")
+    figure, axes = plt.subplots(2, 1, figsize=(5.2, 7))
+    dims = [row["dim"] for row in rows]
+    for name, color, marker in (("gaussian", "#d95f02", "x"), ("mixture", "#1f77b4", "o")):
+        for axis, key in zip(axes, ("spearman", "ratio"), strict=True):
+            axis.scatter(dims, [row[name][key] for row in rows], s=14, c=color, marker=marker, label=name)
+    axes[0].set(
+        title=rows[0]["need"],
+        xscale="log",
+        ylim=(None, 1.02),
+        ylabel="Spearman's correlation, all candidates",
+    )
+    axes[1].set(xscale="log", yscale="log", xlabel="dimensions", ylabel="error of the choice / least error")
+    axes[1].axhline(1.25, color="gray", lw=0.8, ls=":")
+    for axis in axes:
+        axis.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25, lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, title="surrogate")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -283,30 +270,26 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--needs", nargs="+", default=list(STRIDES), choices=list(STRIDES))
+    parser.add_argument("--need", default="samples", choices=list(STRIDES))
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--mixtures", type=int, default=MIXTURES)
     parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     started, rows = time.process_time(), []
+    short = args.need == "diversity"
+    calls = [n for n in args.calls if n <= SHORT or not short]
     for number, dim in enumerate(dimensions(args.mixtures)):
-        for row in one(args.seed, number, dim, args.calls, args.needs):
+        for row in one(args.seed, number, dim, calls, args.need) if dim <= SMALL or not short else ():
             rows.append(row)
             told = [f"{name} {row[name]['spearman']:.3f} {row[name]['ratio']:.2f}" for name in SURROGATES]
             print(number, dim, row["modes"], row["fitted"], row["need"], row["calls"], *told, flush=True)
-    file = args.out / "recommend.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
-    if before.get("seed") == args.seed:  # the other half
-        rows = [row for row in before["rows"] if row["need"] not in args.needs] + rows
-        rows.sort(key=lambda row: list(STRIDES).index(row["need"]))
     result = {"seed": args.seed, "cpu_seconds": time.process_time() - started, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "recommend.json").write_text(
-        json.dumps(result).replace('{"number": ', '\n{"number": ') + "\n"
-    )
-    (args.out / "recommend.md").write_text(report(result))
-    picture(rows, args.out / "recommend.png")
+    stem = args.out / FILES[args.need]
+    stem.with_suffix(".json").write_text(json.dumps(result).replace('{"number": ', '\n{"number": ') + "\n")
+    stem.with_suffix(".md").write_text(report(result))
+    picture(rows, stem.with_suffix(".png"))
     print(report(result))
 
 
