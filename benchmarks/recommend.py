@@ -258,8 +258,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axes[1].set(xscale="log", yscale="log", xlabel="dimensions", ylabel="error of the choice / least error")
     axes[1].axhline(1.25, color="gray", lw=0.8, ls=":")
     for axis in axes:
-        axis.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
-        axis.minorticks_off()
+        ticks = [2**k for k in range(1, 7) if 2**k <= max(dims)]
+        axis.set_xticks(ticks, list(map(str, ticks)))
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, title="surrogate")
