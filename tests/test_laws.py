@@ -320,7 +320,7 @@ def test_far_out(kind: str) -> None:
 def test_tails_in_high_precision(v: list[float], exact: bool, x: float, t: float) -> None:
     w, m, sde = [0.4, 0.6], [-1.0, 2.0], VPSDE()
     with mp.workdps(60):
-        alpha, sigma = mpf(sde.alpha(t).item()), mpf(sde.sigma(t).item())
+        alpha, sigma = mp.mpf(sde.alpha(t).item()), mp.mpf(sde.sigma(t).item())
         log_p, data = [], []
         for w_k, m_k, v_k in zip(w, m, v, strict=True):
             V, d = alpha**2 * v_k + sigma**2, x - alpha * m_k
