@@ -62,6 +62,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return getattr(torch, request.config.getoption("dtype"))
 
 
+@pytest.fixture(scope="session")
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of a state for a network of `dtype`: float32 for bfloat16, which states may not have."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """No run-time type checks in this test: torch.compile cannot trace them, and they cost time."""

@@ -429,15 +429,15 @@ def test_what_torchsde_costs_by_itself():
 
 
 @pytest.mark.parametrize("sde", [VP, VESDE(), EDM(), SubVPSDE()], ids=repr)
-def test_euler_and_milstein_are_our_euler_maruyama(sde, device, dtype):
+def test_euler_and_milstein_are_our_euler_maruyama(sde, device, state_dtype):
     model = Gaussian(torch.full((3, 2, 2), 0.4, dtype=F64), 0.3).denoiser(sde).to(device)
-    options = {"steps": 12, "seed": 5, "dtype": dtype}
+    options = {"steps": 12, "seed": 5, "dtype": state_dtype}
     ours = sample(model, (3, 3, 2, 2), solvers.euler_maruyama(), **options)
     scale = float(ours.x.abs().max())
     for method in ("euler", "milstein"):
         theirs = sample(model, (3, 3, 2, 2), torchsde_solver(method), **options)
-        assert float((ours.x - theirs.x).abs().max()) < 2e4 * torch.finfo(dtype).eps * scale
-        assert theirs.network_calls == ours.network_calls and theirs.x.dtype == dtype
+        assert float((ours.x - theirs.x).abs().max()) < 2e4 * torch.finfo(state_dtype).eps * scale
+        assert theirs.network_calls == ours.network_calls and theirs.x.dtype == state_dtype
 
 
 def _drift(model: ExactDenoiser, x: Tensor, t: float) -> Tensor:
@@ -513,12 +513,12 @@ def test_a_thousand_steps_are_a_thousand_steps(method, name, unchecked):
 
 
 @pytest.mark.parametrize("method", TORCHSDE)
-def test_a_sample_is_a_function_of_seed_and_id(method, device, dtype):
-    model = Gaussian(torch.full((2, 3), 0.4, dtype=F64), 0.3).denoiser(VP).to(device)
+def test_a_sample_is_a_function_of_seed_and_id(method, device, dtype, state_dtype):
+    model = Gaussian(torch.full((2, 3), 0.4, dtype=F64), 0.3).denoiser(VP).to(device, dtype)
     np.random.seed(0)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    options = {"steps": 4, "dtype": dtype}
+    options = {"steps": 4, "dtype": state_dtype}
     eight = sample(model, (8, 2, 3), torchsde_solver(method), seed=7, **options).x
     assert torch.equal(torch.get_rng_state(), before)
     assert np.random.get_state()[2] == np.random.RandomState(0).get_state()[2]

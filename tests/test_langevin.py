@@ -254,18 +254,11 @@ PREDICTORS = [
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS, ids=repr)
-def test_no_corrections_are_the_predictor_bit_for_bit(predictor, device, dtype):
-    model = gaussian().denoiser(VP).to(device)
-    plain = sample(model, (3, 1), predictor, steps=7, seed=4, dtype=dtype, callback=lambda s: s.denoised)
-    pc = sample(
-        model,
-        (3, 1),
-        predictor_corrector(predictor, 0),
-        steps=7,
-        seed=4,
-        dtype=dtype,
-        callback=lambda s: s.denoised,
-    )
+def test_no_corrections_are_the_predictor_bit_for_bit(predictor, device, dtype, state_dtype):
+    model = gaussian().denoiser(VP).to(device, dtype)
+    options = {"steps": 7, "seed": 4, "dtype": state_dtype, "callback": lambda s: s.denoised}
+    plain = sample(model, (3, 1), predictor, **options)
+    pc = sample(model, (3, 1), predictor_corrector(predictor, 0), **options)
     assert torch.equal(plain.x, pc.x) and plain.network_calls == pc.network_calls and plain.end == pc.end
     assert all(torch.equal(a, b) for a, b in zip(plain.path, pc.path, strict=True))
     assert predictor_corrector(predictor, 0).card.stochastic == predictor.card.stochastic
@@ -359,9 +352,9 @@ def test_the_published_step_by_hand(norm):
 
 
 @pytest.mark.parametrize("solver", [predictor_corrector(solvers.ddpm(), 2), annealed_langevin(2)], ids=repr)
-def test_a_sample_does_not_depend_on_its_batch(solver, device, dtype):
-    model = Gaussian(torch.zeros(3, 2, 2, dtype=F64), 0.3).denoiser(VP).to(device)
-    options = {"steps": 5, "seed": 9, "dtype": dtype}
+def test_a_sample_does_not_depend_on_its_batch(solver, device, dtype, state_dtype):
+    model = Gaussian(torch.zeros(3, 2, 2, dtype=F64), 0.3).denoiser(VP).to(device, dtype)
+    options = {"steps": 5, "seed": 9, "dtype": state_dtype}
     eight = sample(model, (8, 3, 2, 2), solver, **options).x
     assert torch.equal(
         sample(model, (4, 3, 2, 2), solver, ids=[6, 1, 0, 3], **options).x, eight[[6, 1, 0, 3]]
@@ -384,9 +377,9 @@ def test_the_historical_norm_couples_the_batch():
 
 
 @pytest.mark.parametrize("norm", ["sample", "batch", "sigma"])
-def test_a_score_of_zero_stays_finite(norm, dtype):
+def test_a_score_of_zero_stays_finite(norm, state_dtype):
     """Without a score the step is the bound: eps = 2 a (alpha^2 + sigma^2), so x changes by 2 spread z."""
-    grid, noise = grids.uniform(VP, 1, 0.3), Noise.of(0, batch=3, dtype=dtype)
+    grid, noise = grids.uniform(VP, 1, 0.3), Noise.of(0, batch=3, dtype=state_dtype)
     x = noise.prior((3, 4))
     model = Zero(Gaussian(torch.zeros(4, dtype=F64), 0.3), VP)
     plain = solvers.ddpm().solve(model, x, grid, noise=noise).x

@@ -61,7 +61,7 @@ PERCEPTRON = {
 }
 INPUT = {"channels": (2, 8, 12), "dim": (3,)}  # shape of one row, by the first argument
 BOTH = pytest.mark.parametrize(("kind", "config"), [(UNet, UNET), (MLP, PERCEPTRON)], ids=["unet", "mlp"])
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}
 
 
 def perturbed(net, seed=0):
