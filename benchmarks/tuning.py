@@ -162,17 +162,14 @@ def ends_of(board: Board, table: Any, x: Tensor) -> Tensor:
     return in_blocks(board, x, lambda model, part: solver.solve(model, part, table.times[[0, -1]]).x)
 
 
-def tuned(name: str, board: Board, calls: int, quick: bool, slack: float) -> tuple[Tuned, float]:
-    """The tuned table, and the seconds of the processor that it took."""
-    n = board.n * 5 // calls // (4 if quick else 1)
-    seconds = (0.1 if quick else 1.0) * board.seconds * slack
-    before = time.process_time()
-    found = tune(
+def fit(board: Board, solver: Any, calls: int, seconds: float, what: str, n: int) -> Tuned:
+    """`select.tune` on noises that are not those held out, n in each of its sets."""
+    return tune(
         board.model,
-        STARTS,
+        solver,
         calls,
         seconds,
-        "all",
+        what,
         shape=board.shape,
         n=n,
         start=board.noise(3 * n, 10),
@@ -180,8 +177,15 @@ def tuned(name: str, board: Board, calls: int, quick: bool, slack: float) -> tup
         starts=board.starts,
         batch=board.batch,
         flip=FLIP / board.scale,
-        progress=False,
     )
+
+
+def tuned(board: Board, calls: int, quick: bool, slack: float) -> tuple[Tuned, float]:
+    """The tuned table, and the seconds of the processor that it took."""
+    n = board.n * 5 // calls // (4 if quick else 1)
+    seconds = (0.1 if quick else 1.0) * board.seconds * slack
+    before = time.process_time()
+    found = fit(board, STARTS, calls, seconds, "all", n)
     return found, time.process_time() - before
 
 
@@ -199,7 +203,7 @@ def measure(name: str, board: Board, calls: int, quick: bool, slack: float) -> d
         fixed = list(chosen_here(board, calls, x, 8, 16 if quick else 128))
     else:
         fixed = list(boards_choices(name, board, calls, x))
-    found, seconds = tuned(name, board, calls, quick, slack)
+    found, seconds = tuned(board, calls, quick, slack)
     runs = [*fixed, Run("tuned", ends_of(board, found.table, x), found.table)]
     scores = [scored(board, run.ends, wanted) for run in runs]
     best = min(range(len(fixed)), key=lambda k: scores[k].rank())

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from scoresde import solvers
-from scoresde.select import GRIDS, Candidate, tune
+from scoresde.select import GRIDS, Candidate
 from scoresde.solvers.base import TableSolver
 
-from .accuracy import FLIP, RESULTS, SDE
-from .tuning import CALLS, Board, board, ends_of, held_out, scored
+from .accuracy import RESULTS, SDE
+from .tuning import CALLS, Board, board, ends_of, fit, held_out, scored
 
 GOAL = 1.05  # of the error on the best fixed grid, at most
 SOLVERS = [solvers.dpmpp(2), solvers.unipc(3), solvers.exponential(3, corrector=4, variable="t")]
@@ -36,20 +36,7 @@ def measure(name: str, here: Board, solver: TableSolver, calls: int, seconds: fl
         if (table := Candidate(solver, make, grid).table(SDE, calls)) is not None
     }
     fixed = {grid: scored(here, ends_of(here, table, x), wanted) for grid, table in tables.items()}
-    n = here.n * 5 // calls
-    found = tune(
-        here.model,
-        solver,
-        calls,
-        seconds,
-        "grid",
-        shape=here.shape,
-        n=n,
-        start=here.noise(3 * n, 10),
-        condition=here.condition(n),
-        batch=here.batch,
-        flip=FLIP / here.scale,
-    )
+    found = fit(here, solver, calls, seconds, "grid", here.n * 5 // calls)
     tuned = scored(here, ends_of(here, found.table, x), wanted)
     best = min(fixed, key=lambda grid: fixed[grid].rank())
     row = {

@@ -22,9 +22,17 @@ def pullback(f: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> tuple[T
 
     Samples must not depend on each other, so that a gradient for the batch is one for each of them.
     """
-    found: Any = torch.func.vjp(f, x, has_aux=True)
+    found: Any = _outside(lambda x: torch.func.vjp(f, x, has_aux=True), x)
     value, pull, more = found
-    return value, lambda v: pull(v)[0], more
+    return value, lambda v: _outside(pull, v)[0], more
+
+
+def _outside(function: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """function(x), not in `inference_mode`: there `torch.func` finds no gradient but 0 before torch 2.13."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return function(x)
+    with torch.inference_mode(False), torch.no_grad():
+        return function(x.clone())  # the copy is no tensor of that mode
 
 
 def gradient(f: Callable[[Tensor], Tensor], x: Tensor, name: str = "log_prob") -> tuple[Tensor, Tensor]:

@@ -311,24 +311,39 @@ class Learned(nn.Module):
         self.slope = nn.Parameter(torch.full((hidden,), 2.0, dtype=torch.float64))
         self.center = nn.Parameter(torch.linspace(0, 1, hidden, dtype=torch.float64))
 
+    # Parameters go to where t is: training asks on the data's device, samplers with their clock on the host.
+
+    def _terms(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a, w_k, s_k, and the K sigmoids at t."""
+        a, w, s = (p.exp().to(t.device) for p in (self.linear, self.weight, self.slope))
+        return a, w, s, (s * (t.unsqueeze(-1) - self.center.to(t.device))).sigmoid()
+
     def _curve(self, t: Tensor) -> Tensor:
-        bumps = (self.slope.exp() * (t.unsqueeze(-1) - self.center)).sigmoid()
-        return self.linear.exp() * t + (bumps * self.weight.exp()).sum(-1)
+        a, w, _, bumps = self._terms(t)
+        return a * t + (bumps * w).sum(-1)
+
+    def _ends(self, t: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        high, low = (
+            end.to(t.device) if isinstance(end, Tensor) else end
+            for end in (self.log_snr_max, self.log_snr_min)
+        )
+        return high, low
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2), decreasing in t."""
         first, last = self._curve(torch.zeros_like(t)), self._curve(torch.ones_like(t))
-        fall = self.log_snr_max - self.log_snr_min
-        return self.log_snr_max - fall * (self._curve(t) - first) / (last - first)
+        high, low = self._ends(t)
+        return high - (high - low) * (self._curve(t) - first) / (last - first)
 
     def B(self, t: Tensor) -> Tensor:
         return (-self.log_snr(t)).logaddexp(torch.zeros_like(t))
 
     def beta(self, t: Tensor) -> Tensor:
-        bumps = (self.slope.exp() * (t.unsqueeze(-1) - self.center)).sigmoid()
-        rise = self.linear.exp() + (bumps * (1 - bumps) * self.slope.exp() * self.weight.exp()).sum(-1)
+        a, w, s, bumps = self._terms(t)
+        rise = a + (bumps * (1 - bumps) * s * w).sum(-1)
         span = self._curve(torch.ones_like(t)) - self._curve(torch.zeros_like(t))
-        return (-self.log_snr(t)).sigmoid() * (self.log_snr_max - self.log_snr_min) * rise / span
+        high, low = self._ends(t)
+        return (-self.log_snr(t)).sigmoid() * (high - low) * rise / span
 
     def time(self, B: Tensor) -> Tensor:
         return _increasing_root(lambda t: self.B(t) - B, B)

@@ -8,6 +8,7 @@ nightly, chosen by --hypothesis-profile or the environment variable HYPOTHESIS_P
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -30,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # tolerances of float32 are those of 24 bits
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a job in the background; some tests interrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[LEDGER] = AlphaLedger()
     dtype = config.getoption("dtype")
     if not isinstance(getattr(torch, dtype, None), torch.dtype):

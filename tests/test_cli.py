@@ -178,17 +178,17 @@ def test_interrupt_and_resume(
     out = tmp_path / "digits.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_train_step", interrupted)
-        assert cli.main(["train", "--steps", "5", "--out", str(out)]) == 130
+        assert cli.main(["train", "--steps", "5", "--device", "cpu", "--out", str(out)]) == 130
     assert (
         f"Saved after step 3 to {out}. Go on with: scoresde train --out {out} --resume"
         in capsys.readouterr().err
     )
     assert checkpoint.describe(out)["training"]["step"] == 3
-    assert cli.main(["train", "--steps", "5", "--out", str(out), "--resume"]) == 0
+    assert cli.main(["train", "--steps", "5", "--device", "cpu", "--out", str(out), "--resume"]) == 0
     assert checkpoint.describe(out)["training"]["step"] == 5
 
     whole = tmp_path / "whole.safetensors"
-    assert cli.main(["train", "--steps", "5", "--out", str(whole)]) == 0
+    assert cli.main(["train", "--steps", "5", "--device", "cpu", "--out", str(whole)]) == 0
     pairs = zip(checkpoint.load(out).parameters(), checkpoint.load(whole).parameters(), strict=True)
     assert all(a.equal(b) for a, b in pairs)
 

@@ -245,6 +245,14 @@ def test_all_directions_give_the_exact_trace(divergence, unchecked):
     assert float((fewer.value - exact.value).abs().min()) > 1e-3 and fewer.standard_error.all()
 
 
+def test_directions_are_independent_in_few_dimensions(unchecked):
+    """Of 16 pairs of signs in three dimensions about four are parallel, to span a line and rounding, and then
+    no step is good."""
+    law = mixture(3)
+    found = log_prob(law.denoiser(VPSDE()), draws(law, 16), divergence=HutchPP(2, 1), max_calls=200)
+    assert found.status == "ok"
+
+
 def test_traces_of_a_matrix(alpha_ledger):
     """Every estimator on a given, asymmetric matrix, without an ODE: unbiased, at 1e-9."""
     generator = torch.Generator().manual_seed(3)

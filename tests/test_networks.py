@@ -639,7 +639,8 @@ def test_channels_last_is_the_same_network(device, dtype):
     expected, gradients = value_and_gradients(x)
     net.to(memory_format=torch.channels_last)
     out, found = value_and_gradients(x.to(memory_format=torch.channels_last))
-    assert out.is_contiguous(memory_format=torch.channels_last)
+    if device.type == "cpu" or dtype != torch.float64:  # no such convolutions on a GPU
+        assert out.is_contiguous(memory_format=torch.channels_last)
     assert_close(out, expected, 10 * TOLERANCE[dtype])
     for a, b in zip(found, gradients, strict=True):
         assert_close(a, b, 10 * TOLERANCE[dtype])

@@ -690,12 +690,18 @@ def same(a: Any, b: Any, exact: bool) -> bool:
     return a == b
 
 
+def duplicated(law: laws.Mixture) -> bool:
+    means = law.means
+    return len(means) > 1 and bool((means == means[0]).all())
+
+
 STRATEGIES: dict[str, Any] = {
     "schedules": strategies.schedules(),
     "sdes": strategies.sdes(),
     "beta_tables": strategies.beta_tables(),
     "laws": strategies.laws(),
     "laws on one coordinate with a density": strategies.laws(1, degenerate=False),
+    "laws with modes at one point": strategies.mixtures(2).filter(duplicated),
     "grids": strategies.sdes().flatmap(strategies.grids),
     "denoisers": strategies.denoisers(),
     "tableaus": strategies.tableaus(longest=4),

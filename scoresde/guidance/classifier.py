@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..denoiser import DATA, TIME_INPUTS, BaseDenoiser, Prediction, Rows, checked, determined, some_rows
 from ..gradients import gradient
-from ..schedules import Time, holds, wide
+from ..schedules import Time, wide
 from ..sde import LinearSDE, like
 from .base import Guided
 from .scales import Scale, at, checked_scale
@@ -152,25 +152,26 @@ class LabelLogProb(nn.Module):
 
     def __init__(self, classifier: Classifier, label: int | Tensor) -> None:
         super().__init__()
-        self.classifier = classifier
-        self.label = torch.as_tensor(label)
-        if self.label.is_floating_point() or self.label.dtype == torch.bool or self.label.ndim > 1:
+        given = torch.as_tensor(label)
+        if given.is_floating_point() or given.dtype == torch.bool or given.ndim > 1:
             raise ValueError(
-                f"label: expected an integer or integers of shape (B,), found {self.label.dtype} of shape "
-                f"{tuple(self.label.shape)}"
+                f"label: expected an integer or integers of shape (B,), found {given.dtype} of shape "
+                f"{tuple(given.shape)}"
             )
+        # Read and sent to the device here, and not at every call
+        self.least, self.most = (int(v) for v in given.aminmax()) if given.numel() else (0, 0)
+        device = next((p.device for p in classifier.parameters()), given.device)
+        self.classifier, self.label = classifier, given.to(device)
 
     def forward(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, " b"]:
         log_p = self.classifier(x, t)
-        label = self.label.to(
-            x.device, copy=True
-        )  # one made in inference mode could not be kept for backward
+        # a copy, for one made in inference mode could not be kept for backward
+        label = self.label.to(x.device, copy=True)
         if label.ndim and len(label) != len(x):
             raise ValueError(f"label: expected {len(x)} labels, one a sample, found {len(label)}")
-        if not holds((label >= 0) & (label < log_p.shape[1])):
+        if not 0 <= self.least <= self.most < log_p.shape[1]:
             raise ValueError(
-                f"label: expected classes 0 to {log_p.shape[1] - 1}, found {int(label.min())} to "
-                f"{int(label.max())}"
+                f"label: expected classes 0 to {log_p.shape[1] - 1}, found {self.least} to {self.most}"
             )
         return log_p.gather(1, label.expand(len(x))[:, None])[:, 0]
 

@@ -138,6 +138,8 @@ def _shaped(value: Any, like_this: Any) -> Any:
     """A null condition in the shape, dtype and place of the condition that it replaces."""
     if value is None or not isinstance(like_this, Tensor):
         return value
+    if isinstance(value, (int, float)):
+        return torch.full_like(like_this, value)
     made = torch.as_tensor(value).to(like_this.device, like_this.dtype)
     if made.ndim and (made.ndim != like_this.ndim or len(made) not in (1, len(like_this))):
         raise ValueError(

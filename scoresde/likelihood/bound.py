@@ -118,7 +118,7 @@ def _width(std: float | None, ratio: Tensor) -> Tensor:
 
 def by_log_snr(sde: LinearSDE, u: Tensor, end: float) -> tuple[Tensor, Tensor]:
     """log SNR uniform between the end (u = 0) and t_max."""
-    high, low = sde.log_snr(_ends(sde, end)).unbind()
+    high, low = sde.log_snr(_ends(sde, end, u)).unbind()
     return sde.time(high + u * (low - high)), (high - low).expand_as(u)
 
 
@@ -130,7 +130,7 @@ def along(schedule: LinearSDE) -> Proposal:
     """
 
     def proposal(sde: LinearSDE, u: Tensor, end: float) -> tuple[Tensor, Tensor]:
-        first, last = schedule.time(sde.log_snr(_ends(sde, end))).unbind()
+        first, last = schedule.time(sde.log_snr(_ends(sde, end, u))).unbind()
         clock = first + u * (last - first)
         rate = (last - first) * schedule.rates(clock)[1] / schedule.sigma(clock) ** 2
         return sde.time(schedule.log_snr(clock)), rate
@@ -138,8 +138,8 @@ def along(schedule: LinearSDE) -> Proposal:
     return proposal
 
 
-def _ends(sde: LinearSDE, end: float) -> Tensor:
-    return torch.tensor([end, sde.t_max], dtype=torch.float64)
+def _ends(sde: LinearSDE, end: float, u: Tensor) -> Tensor:
+    return torch.tensor([end, sde.t_max], dtype=torch.float64, device=u.device)
 
 
 # ---- the terms, (B,) nats

@@ -70,7 +70,11 @@ class Exact:
 def rademacher(noise: Noise, count: int, dim: int) -> Float[Tensor, "b r d"]:
     """Signs: of all independent entries the smallest variance, `2 (|A|_F^2 - sum_i a_ii^2)` for a symmetric
     Jacobian A, so a diagonal one costs nothing."""
-    return torch.where(gaussian(noise, count, dim) < 0, -1.0, 1.0).double()
+    return _signs(gaussian(noise, count, dim))
+
+
+def _signs(z: Tensor) -> Tensor:
+    return torch.where(z < 0, -1.0, 1.0).double()
 
 
 def gaussian(noise: Noise, count: int, dim: int) -> Float[Tensor, "b r d"]:
@@ -132,7 +136,9 @@ class HutchPP:
     """The trace on the span of `A^T S`, S having `rank` random columns, plus Hutchinson's estimate with
     `count` probes on what is orthogonal to it (Meyer et al. 2021, arXiv:2010.09649, algorithm 1).
 
-    2 rank + count products. It pays where a few directions dominate the Jacobian.
+    2 rank + count products. It pays where a few directions dominate the Jacobian. S is normal: of signs, two
+    columns can be parallel in few dimensions, and rounding decides the span, anew at every point of the
+    trajectory.
     """
 
     rank: int = 8
@@ -149,7 +155,8 @@ class HutchPP:
     def probes(self, noise: Noise, dim: int) -> Float[Tensor, "b r d"]:
         if self.rank > dim:
             raise ValueError(f"expected rank <= {dim}, the dimension, found {self.rank}; take Exact()")
-        return rademacher(noise, self.rank + self.count, dim)
+        z = gaussian(noise, self.rank + self.count, dim)
+        return torch.cat([z[:, : self.rank], _signs(z[:, self.rank :])], 1)
 
     def estimates(self, pull: Pull, probes: Float[Tensor, "n r d"]) -> Float[Tensor, "n m"]:
         sketch = _pulled(pull, probes[:, : self.rank])

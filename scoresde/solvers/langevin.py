@@ -179,7 +179,7 @@ class PredictorCorrector:
     def _length(self, z: Tensor, score: Tensor, sigma: float, spread: float) -> Tensor:
         """snr ||z||/||score||, () or (B,), at most `spread`: finite also where the score is 0."""
         if self.norm == "sigma":
-            return torch.tensor(self.snr * sigma, dtype=torch.float64)
+            return score.new_full((), self.snr * sigma, dtype=torch.float64)
         above, below = self.snr * square_norm(z).sqrt(), square_norm(score).sqrt()
         if self.norm == "batch":
             above, below = above.mean(), below.mean()

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..denoiser import BaseDenoiser
+from ..denoiser import BaseDenoiser, Rows
 from ..grids import Grid
 from ..schedules import check_numbers
 from ..sde import LinearSDE
-from ..tableau import NoiseSource, Step, Tableau, check_finite, run
+from ..tableau import NoiseSource, Step, Tableau, run
 from .base import Callback, Card, Pair, Samples, check_calls, evaluating, from_pair
+from .langevin import Watch
 from .singlestep import MIDPOINT, STAGES, singlestep_table
 
 
@@ -66,18 +68,17 @@ class Reversible:
         scale = _scale(model.sde, grid.t).tolist()
         y, z = (copy / scale[0] for copy in from_pair(x))
         undo = float(grid.t[0]) < float(grid.t[-1])
-        path = []
+        watch, path = Watch(repr(self), y), []
         with evaluating(model):
+            there, back = self._increments(model, y, grid, watch)
             for k in range(len(grid)):
                 if callback is not None:
                     kept = callback(
                         Step(k, float(grid.t[k]), y * scale[k], model(y * scale[k], grid.t[k].to(y.device)))
                     )
                     path.extend([] if kept is None else [kept])
-                y, z = self._step(
-                    model, y, z, grid.t[k + 1 if undo else k], grid.t[k if undo else k + 1], undo
-                )
-        calls = self.card.calls_per_step * len(grid) + (len(grid) if callback is not None else 0)
+                y, z = self._undone(y, z, there[k], back[k]) if undo else self._done(y, z, there[k], back[k])
+        calls = watch.finish() + (len(grid) if callback is not None else 0)
         end = float(grid.t[-1])
         return Samples(
             y * scale[-1],
@@ -88,21 +89,52 @@ class Reversible:
             companion=z * scale[-1],
         )
 
-    def _step(self, model: BaseDenoiser, y: Tensor, z: Tensor, s: Tensor, t: Tensor, undo: bool) -> Pair:
+    def _done(self, y: Tensor, z: Tensor, there: Increment, back: Increment) -> Pair:
         c = self.coupling
-        if undo:
-            z = z + self._increment(model, y, t, s)
-            return (y - (1 - c) * z - self._increment(model, z, s, t)) / c, z
-        y = c * y + (1 - c) * z + self._increment(model, z, s, t)
-        return y, z - self._increment(model, y, t, s)
+        y = c * y + (1 - c) * z + there(z)
+        return y, z - back(y)
 
-    def _increment(self, model: BaseDenoiser, u: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """Psi_{s,t}(u)."""
-        table = _base_table(model.sde, s, t, self.order)
-        rows = model.rows(table.times[:-1], u)
-        guard = partial(check_finite, table) if u.device.type == "cpu" else None
-        moved = run(table, rows, u * float(_scale(model.sde, s)), None, before=guard)
-        return moved / float(_scale(model.sde, t)) - u
+    def _undone(self, y: Tensor, z: Tensor, there: Increment, back: Increment) -> Pair:
+        """On an increasing grid the step to be undone led from its later node to its earlier one."""
+        c = self.coupling
+        z = z + there(y)
+        return (y - (1 - c) * z - back(z)) / c, z
+
+    def _increments(
+        self, model: BaseDenoiser, y: Tensor, grid: Grid, watch: Watch
+    ) -> tuple[list[Increment], list[Increment]]:
+        """Psi from each node to the next, and from each to the one before; all prepared at once, so that no
+        step sends anything to the device."""
+        sde, calls, steps = model.sde, self.order, list(pairwise(grid.t))
+        tables = [_base_table(sde, *ends, calls) for ends in [*steps, *((t, s) for s, t in steps)]]
+        rows = model.rows(torch.cat([table.times[:-1] for table in tables]), y)
+        made = [
+            Increment(table, _part(rows, i * calls, calls), _scale(sde, table.times).tolist(), watch)
+            for i, table in enumerate(tables)
+        ]
+        return made[: len(grid)], made[len(grid) :]
+
+
+class Increment(NamedTuple):
+    """Psi_{s,t}: u -> the change of u from s to t, the ends of a table; `scale` at the table's nodes."""
+
+    table: Tableau
+    rows: Rows
+    scale: list[float]
+    watch: Watch
+
+    def __call__(self, u: Tensor) -> Tensor:
+        moved = run(self.table, self.rows, u * self.scale[0], None, before=self._before)
+        return moved / self.scale[-1] - u
+
+    def _before(self, k: int, x: Tensor, F: Tensor) -> None:
+        self.watch(F, float(self.table.times[k]))
+
+
+def _part(rows: Rows, start: int, count: int) -> Rows:
+    """Of prepared rows those from `start` on."""
+    stop = start + count
+    return Rows(lambda x, k: rows.evaluate(x, start + k), rows.a[start:stop], rows.b[start:stop])
 
 
 def _scale(sde: LinearSDE, t: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ VARIABLES: dict[str, Callable[[LinearSDE, Tensor, Tensor], Tensor]] = {
     # near `base` keep their digits, where the noise is small as well as where the signal is
     "lam": lambda sde, lam, base: lam,
     "sigma/alpha": lambda sde, lam, base: torch.expm1(base - lam),
-    "sigma": lambda sde, lam, base: ((base - lam) / 2).sinh() * (base / 2).cosh() / (lam / 2).cosh(),
+    "sigma": lambda sde, lam, base: ((base - lam) / 2).sinh() / (lam / 2).cosh(),
     "t": lambda sde, lam, base: sde.time(2 * lam),
 }
 

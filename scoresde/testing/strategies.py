@@ -255,7 +255,7 @@ def mixtures(dim: int = 1, degenerate: bool = True, most: int = 4) -> Strategy[M
 @functools.cache
 def _mixtures_of(K: int, dim: int, degenerate: bool) -> Strategy[Mixture]:
     distinct = st.lists(_points(dim), min_size=K, max_size=K)
-    repeated = _points(dim).map(lambda point: [point] * K)
+    repeated = st.builds(lambda point, n: [point] * n, _points(dim), st.just(K))
     means = st.one_of(distinct, distinct, repeated)
     return st.builds(Mixture, _weights(K), means, _covariances(dim, K, degenerate))
 
