@@ -11,8 +11,8 @@ by hand    the least that does the same: uniform times, no checks, no records
 accelerate `accelerate.Accelerator`, a table of betas with its gather at random indices, DataLoader, and
            the moving average of diffusers' `EMAModel` where diffusers is installed (else the one by hand)
 
-Memory is the peak that training adds: on a GPU what the allocator counts, on the CPU the growth of the
-resident set (Linux) of a process of its own that makes some steps.
+Memory is the peak that some steps add, with a model of their own: on a GPU what the allocator counts, on the
+CPU the growth of the resident set (Linux) of a process of its own.
 """
 
 from __future__ import annotations
@@ -203,11 +203,12 @@ def _measured(setting: dict[str, Any], device: torch.device, clock: Clock) -> di
         names = list(loops)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             times[name].append(clock(lambda steps=loops[name]: steps(every)) / every * 1000)
+    counted = LINUX or device.type == "cuda"
     return {
         "shape": list(shape),
         "precision": precision,
         "milliseconds": {name: statistics.median(found) for name, found in times.items()},
-        "mebibytes": {name: memory(name, shape, precision, device) for name in loops} if LINUX else {},
+        "mebibytes": {name: memory(name, shape, precision, device) for name in loops} if counted else {},
     }
 
 
@@ -216,20 +217,29 @@ def usable(name: str) -> bool:
 
 
 def memory(name: str, shape: tuple[int, ...], precision: str, device: torch.device) -> float:
-    """Peak that some steps add, in a process of their own."""
-    words = [name, ",".join(map(str, shape)), precision, str(device)]
+    """Peak that some steps add, in MiB."""
+    if device.type == "cuda":
+        return allocated(name, shape, precision, device)
+    words = [name, ",".join(map(str, shape)), precision]
     command = [sys.executable, "-m", "benchmarks.training_speed", "--memory-of", *words]
     return float(subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).splitlines()[-1])
 
 
-def peak(name: str, shape: tuple[int, ...], precision: str, device: torch.device) -> float:
-    LOOPS[name]((2, *shape[1:]), precision, device, 1)(1)  # what is imported at the first step
-    before = resident("VmRSS")
-    if device.type == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+def allocated(name: str, shape: tuple[int, ...], precision: str, device: torch.device) -> float:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     LOOPS[name](shape, precision, device, 3)(3)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def grown(name: str, shape: tuple[int, ...], precision: str) -> float:
+    """What `memory` calls in another process, on the CPU."""
+    cpu = torch.device("cpu")
+    LOOPS[name]((2, *shape[1:]), precision, cpu, 1)(1)  # what is imported at the first step
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    LOOPS[name](shape, precision, cpu, 3)(3)
     return resident("VmHWM") - before
 
 
@@ -267,14 +277,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="one small batch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of training_speed.json and .md")
-    parser.add_argument(
-        "--memory-of", nargs=4, help=argparse.SUPPRESS, metavar=("LOOP", "SHAPE", "PRECISION", "DEVICE")
-    )
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.memory_of:
-        name, shape, precision, where = options.memory_of
-        print(peak(name, tuple(map(int, shape.split(","))), precision, torch.device(where)))
+        name, shape, precision = options.memory_of
+        print(grown(name, tuple(map(int, shape.split(","))), precision))
         return
     device = torch.device(options.device)
     clock, rows = Clock(device), []

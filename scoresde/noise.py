@@ -47,8 +47,9 @@ _RADIUS_BITS, _ANGLE_BITS = 40, 24
 # Pairs made at a time. On a CPU the temporaries then stay in its cache. No number depends on it.
 _BLOCK_CPU, _BLOCK = 2**17, 2**24
 
-# Normals of rows that are made ahead, and such rows, at most. No number depends on them.
-_AHEAD, _ROWS_AHEAD = 2**16, 2**8
+# Normals of rows that are made ahead, and such rows, at most; a GPU takes as long for one row as for several.
+# No number depends on them.
+_AHEAD_CPU, _AHEAD, _ROWS_AHEAD = 2**16, 2**22, 2**8
 
 
 def _signed(n: int) -> int:
@@ -269,7 +270,8 @@ class Noise:
         made, count = self._made, 1
         stride = made.goes_on(row) if made is not None and made.shape == shape else 0
         if made is not None and stride:
-            count = min(4 * made.count, _ROWS_AHEAD, _AHEAD // max(1, math.prod(shape)))
+            most = _AHEAD_CPU if self._base.device.type == "cpu" else _AHEAD
+            count = min(4 * made.count, _ROWS_AHEAD, most // max(1, math.prod(shape)))
             count = min(count, (_ROWS - 1 - row) // stride + 1)
         if count <= 1:
             _settle(self, _made=_Series(row, 1, 1, shape, None))

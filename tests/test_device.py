@@ -40,8 +40,7 @@ from scoresde import (
 )
 from scoresde.noise import Noise
 from scoresde.sde import like
-from scoresde.solvers import base
-from scoresde.solvers.learned import Watch
+from scoresde.solvers.watch import Outputs
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 on_gpu = pytest.mark.cuda
@@ -195,8 +194,7 @@ def test_traffic_is_seen() -> None:
 @pytest.fixture
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """What reads the device once, after the last step, to report outputs that were not finite."""
-    monkeypatch.setattr(base._FirstBad, "report", lambda self: None)
-    monkeypatch.setattr(Watch, "finish", lambda self: len(self.times))
+    monkeypatch.setattr(Outputs, "first_bad", lambda self: None)
 
 
 class Small(nn.Module):

@@ -19,7 +19,6 @@ from scoresde.noise import Noise
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified
 from scoresde.solvers.base import Card
 from scoresde.solvers.langevin import (
-    Watch,
     annealed_langevin,
     langevin,
     mala,
@@ -500,33 +499,6 @@ def test_nan_ends_the_run_at_once():
     for chain in (langevin, mala):
         with pytest.raises(FloatingPointError, match=r"call 1, t = 0\.4"):
             chain(model, x, 0.4, step=0.1, steps=3, noise=noise)
-
-
-def test_the_watch_of_an_accelerator_reads_nothing_before_the_end():
-    watch = Watch("it", torch.zeros(1))
-    watch.bad = torch.full((), -1)
-    good, bad = torch.zeros(2), torch.tensor([0.0, math.inf])
-    for k, out in enumerate((good, bad, good, bad)):
-        watch(out, k / 10)
-    with pytest.raises(FloatingPointError, match=r"call 2, t = 0\.1"):
-        watch.finish()
-
-
-def test_the_watch_of_an_accelerator_by_its_first_call():
-    """NaN at the first call counts, numbers do not, and nothing is kept on the CPU."""
-    for first, expected in ((math.nan, "call 1, t = 0.5"), (0.0, None)):
-        watch = Watch("it", torch.zeros(1))
-        watch.bad = torch.full((), -1)
-        watch(torch.tensor([first, 1.0]), 0.5)
-        watch(torch.zeros(2), 0.25)
-        watch(torch.tensor([1.0, first]), 0.125)
-        if expected is None:
-            assert watch.finish() == 3
-        else:
-            with pytest.raises(FloatingPointError, match=expected):
-                watch.finish()
-    assert Watch("it", torch.zeros(1)).bad is None
-    assert Watch("it", torch.zeros(1, device="meta")).bad.device.type == "meta"
 
 
 class Halves(torch.nn.Module):

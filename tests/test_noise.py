@@ -241,7 +241,7 @@ def test_blocks_do_not_show(monkeypatch, block):
 def test_rows_made_ahead_do_not_show(series, ahead):
     """Any rows in any order, in series of any stride, of changing shape, written over by the caller."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_AHEAD", ahead)
+        patch.setattr(module, "_AHEAD_CPU", ahead)
         noise = Noise.of(3, [4, 9], offset=2)
         for first, stride, wide in series:
             for row in range(first, first + 6 * stride, stride):
@@ -260,7 +260,7 @@ def test_a_series_is_made_in_few_blocks(monkeypatch):
         return original(self, row, shape)
 
     monkeypatch.setattr(Noise, "_normals", counted)
-    monkeypatch.setattr(module, "_AHEAD", 8 * 6)
+    monkeypatch.setattr(module, "_AHEAD_CPU", 8 * 6)
     noise = Noise.of(0, batch=2)
     for row in range(30):
         noise(row, (2, 3))
@@ -488,7 +488,7 @@ def test_sizes_of_what_is_made_at_once(monkeypatch):
         noise(row, (1, 2**14))
     assert made == [1, 4, 4]
     made.clear()
-    monkeypatch.setattr(module, "_AHEAD", 6)
+    monkeypatch.setattr(module, "_AHEAD_CPU", 6)
     noise = Noise.of(0, batch=1)
     for row in (*range(17), 16, 16):
         noise(row, (1, 1))

@@ -18,6 +18,7 @@ from ..denoiser import BaseDenoiser, Rows
 from ..grids import Grid
 from ..sde import LinearSDE
 from ..tableau import NoiseSource, Step, Tableau, check_finite, not_finite, run
+from .watch import Outputs
 
 Callback = Callable[[Step], Any]
 Pair = tuple[Tensor, Tensor]
@@ -151,11 +152,12 @@ def execute(
     with torch.no_grad(), evaluating(model):
         x = x.clone()  # dense: kernels round differently on strided and expanded states
         rows = model.rows(table.times[:-1], x)
-        bad = _FirstBad(table, torch.full((), len(table), device=x.device))
-        guard = partial(check_finite, table) if x.device.type == "cpu" else bad
+        seen = Outputs()
+        guard = partial(check_finite, table) if x.device.type == "cpu" else lambda k, x, F: seen(F)
         before = guard if callback is None else _Watched(guard, rows, table.times, callback, path)
         result = run(table, rows, x, noise, before=before)
-        bad.report()
+    if (bad := seen.first_bad()) is not None:
+        raise not_finite(table, bad)
     return Samples(
         result, len(table), time.perf_counter() - started, path=tuple(path), end=float(table.times[-1])
     )
@@ -175,21 +177,6 @@ class _Watched(NamedTuple):
         a, b = self.rows.a[k], self.rows.b[k]
         kept = self.callback(Step(k, float(self.times[k]), x, F * b + x * a))
         self.path.extend([] if kept is None else [kept])
-
-
-class _FirstBad(NamedTuple):
-    """Keeps the first row with a non-finite output on the device, without branching; `row` starts at the
-    number of rows, and is read once, for the report."""
-
-    table: Tableau
-    row: Tensor
-
-    def __call__(self, k: int, x: Tensor, F: Tensor) -> None:
-        self.row.copy_(torch.where(F.isfinite().all(), self.row, self.row.clamp(max=k)))
-
-    def report(self) -> None:
-        if int(self.row) < len(self.table):
-            raise not_finite(self.table, int(self.row))
 
 
 def check_calls(calls: int, least: int, solver: object) -> None:

@@ -21,43 +21,12 @@ from ..sde import LinearSDE, like
 from ..tableau import NoiseSource, Step, Tableau, run
 from .base import Callback, Card, Samples, TableSolver, check_calls, evaluating
 from .onestep import one_step_table
+from .watch import Watch
 from .weights import singular_step
 
 SONG = "Song et al. 2021, arXiv:2011.13456"
 SONG_2019 = "Song and Ermon 2019, arXiv:1907.05600"
 NORMS = ("sample", "batch", "sigma")
-
-
-class Watch:
-    """Counts network calls and ends the run at the first output that is not finite.
-
-    On the CPU at once; elsewhere by `finish`, without reading the device before.
-    """
-
-    def __init__(self, name: str, x: Tensor) -> None:
-        self.name, self.times = name, []
-        self.bad = None if x.device.type == "cpu" else torch.full((), -1, device=x.device)
-
-    def __call__(self, out: Tensor, t: float) -> None:
-        """See the output of a call at time t."""
-        self.times.append(t)
-        if self.bad is not None:
-            good = out.isfinite().all() | (self.bad >= 0)
-            self.bad = torch.where(good, self.bad, len(self.times) - 1)
-        elif not out.isfinite().all():
-            raise self._error(len(self.times) - 1)
-
-    def finish(self) -> int:
-        """The number of calls. Raises FloatingPointError if one of them was not finite."""
-        if self.bad is not None and int(self.bad) >= 0:
-            raise self._error(int(self.bad))
-        return len(self.times)
-
-    def _error(self, call: int) -> FloatingPointError:
-        return FloatingPointError(
-            f"{self.name}: the network returned NaN or Inf at call {call + 1}, t = {self.times[call]:.6g}; "
-            "check the model, its dtype and its inputs there"
-        )
 
 
 def square_norm(v: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from ..grids import Grid
 from ..tableau import NoiseSource, Step
 from ..variance import log_ratio, with_variance
 from .base import Callback, Samples, check_calls, evaluating
-from .langevin import Watch
 from .onestep import posterior
+from .watch import Watch
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from ..schedules import check_numbers
 from ..sde import LinearSDE
 from ..tableau import NoiseSource, Step, Tableau, run
 from .base import Callback, Card, Pair, Samples, check_calls, evaluating, from_pair
-from .langevin import Watch
 from .singlestep import MIDPOINT, STAGES, singlestep_table
+from .watch import Watch
 
 
 @dataclass(frozen=True)

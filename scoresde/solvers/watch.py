@@ -1,0 +1,57 @@
+"""Outputs that are not finite end a run: on the CPU at once, elsewhere after its last step, for no step waits
+for a device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Outputs:
+    """The largest magnitude in every output, NaN if one is in it: one number each, which stays on the device
+    until `first_bad` reads them all."""
+
+    def __init__(self) -> None:
+        self.largest: list[Tensor] = []
+
+    def __call__(self, out: Tensor) -> None:
+        self.largest.append(torch.linalg.vector_norm(out, math.inf) if out.numel() else out.new_zeros(()))
+
+    def first_bad(self) -> int | None:
+        """The number of the first output that was not finite."""
+        finite = torch.stack(self.largest).isfinite().tolist() if self.largest else []
+        return finite.index(False) if False in finite else None
+
+
+class Watch:
+    """Counts network calls and ends the run at the first output that is not finite.
+
+    On the CPU at once; elsewhere by `finish`, without reading the device before.
+    """
+
+    def __init__(self, name: str, x: Tensor) -> None:
+        self.name, self.times = name, list[float]()
+        self.outputs = None if x.device.type == "cpu" else Outputs()
+
+    def __call__(self, out: Tensor, t: float) -> None:
+        """See the output of a call at time t."""
+        self.times.append(t)
+        if self.outputs is not None:
+            self.outputs(out)
+        elif not out.isfinite().all():
+            raise self._error(len(self.times) - 1)
+
+    def finish(self) -> int:
+        """The number of calls. Raises FloatingPointError if one of them was not finite."""
+        bad = None if self.outputs is None else self.outputs.first_bad()
+        if bad is not None:
+            raise self._error(bad)
+        return len(self.times)
+
+    def _error(self, call: int) -> FloatingPointError:
+        return FloatingPointError(
+            f"{self.name}: the network returned NaN or Inf at call {call + 1}, t = {self.times[call]:.6g}; "
+            "check the model, its dtype and its inputs there"
+        )
