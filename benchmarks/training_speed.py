@@ -161,7 +161,7 @@ def settings(quick: bool, device: torch.device) -> list[dict[str, Any]]:
         return [{"shape": (32, 1, 8, 8), "precision": "no", "every": 2, "turns": 3}]
     if device.type == "cuda":
         return [
-            {"shape": shape, "precision": precision, "every": 20, "turns": 9}
+            {"shape": shape, "precision": precision, "every": 10, "turns": 7}
             for shape in ((256, 1, 8, 8), (128, 3, 32, 32))
             for precision in ("no", "bf16")
         ]
