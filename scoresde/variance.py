@@ -13,12 +13,12 @@ arXiv:2201.06503, theorem 1, whose average over x_t it is).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .denoiser import DATA, BaseDenoiser, Conditioned, Denoiser, Pair, Rows, determined, view
+from .denoiser import DATA, BaseDenoiser, Conditioned, Denoiser, Pair, Rows, Wrapper, determined, view
 from .schedules import Time, wide
 from .sde import LinearSDE, like
 
@@ -29,7 +29,8 @@ class LearnedVariance(Denoiser):
     `network(input, time, **cond)` returns (B, 2 C, ...): in the first half F, as for `Denoiser`, in the
     second u, with `v = (1 + u)/2`, not clipped: `UNet(channels, out_channels=2 * channels)`, which begins at
     v = 1/2. To every solver and to guidance it is the denoiser; `solvers.ddpm_learned()` samples with the
-    variance, `losses.hybrid` trains both, `likelihood.elbo(..., variance=None)` is the bound with it.
+    variance, guided by a classifier or without one or not at all, `losses.hybrid` trains both,
+    `likelihood.elbo(..., variance=None)` is the bound with it.
 
     v belongs to the steps it was trained on: those of one chain, or of one grid.
     """
@@ -68,17 +69,28 @@ def _halves(out: Any, x: Tensor) -> Pair:
     return F, u
 
 
-def with_variance(model: BaseDenoiser) -> tuple[LearnedVariance, dict[str, Any]]:
-    """The model that has the variance, and the conditions filled in. Raises TypeError if there is none."""
+@runtime_checkable
+class StatesVariance(Protocol):
+    """A `LearnedVariance`, or a denoiser that guides one and passes its variance on."""
+
+    def data_and_share(self, x: Tensor, t: Time, **cond: Any) -> Pair:
+        """(D, v), each (B, C, ...)."""
+        ...
+
+
+def with_variance(model: BaseDenoiser) -> tuple[StatesVariance, dict[str, Any]]:
+    """The model that states the variance, and the conditions filled in. Raises TypeError if there is none."""
     if isinstance(model, Conditioned):
         inner, cond = with_variance(model.model)
         return inner, {**cond, **model.cond}
-    if not isinstance(model, LearnedVariance):
-        raise TypeError(
-            f"expected a LearnedVariance denoiser, found {type(model).__name__}; for another take "
-            "solvers.ddpm() and likelihood.posterior_variance"
-        )
-    return model, {}
+    if isinstance(model, StatesVariance):
+        if isinstance(model, Wrapper):
+            with_variance(model.model)
+        return model, {}
+    raise TypeError(
+        f"expected a LearnedVariance denoiser, as it is or guided by a classifier or without one, found "
+        f"{type(model).__name__}; for another take solvers.ddpm() and likelihood.posterior_variance"
+    )
 
 
 def log_ratio(sde: LinearSDE, s: Time, t: Time) -> Tensor:

@@ -37,7 +37,7 @@ STANDS_ON: dict[str, list[str]] = {
     "variance": ["denoiser"],
     "gradients": [],
     "energy": ["denoiser", "gradients"],
-    "guidance": ["denoiser", "gradients"],
+    "guidance": ["variance", "gradients"],
     "laws": ["sde", "denoiser", "engines"],
     "tableau": ["laws", "noise", "sde"],
     "solvers": ["tableau", "grids", "variance", "ddpm"],

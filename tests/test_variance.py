@@ -299,7 +299,7 @@ def test_the_estimate_takes_the_model_s_variance() -> None:
     found = elbo(built(share=best()), x, GaussianDecoder(), variance=None, **options)
     assert found.network_calls == N - 1 + 4
     assert float(found.value.mean()) > float(other.value.mean())
-    with pytest.raises(TypeError, match=r"expected a LearnedVariance denoiser, found .*posterior_variance"):
+    with pytest.raises(TypeError, match=r"expected a LearnedVariance .* found .*posterior_variance"):
         elbo(LAW.denoiser(VP), x, GaussianDecoder(), variance=None, **options)
 
 
@@ -337,6 +337,75 @@ def test_sampling_with_conditions_and_a_callback() -> None:
     assert seen.end == plain.end == 1 / N and repr(solver) == "ddpm_learned()"
     inner, cond = with_variance(model.given(label=1).given(label=2, other=3))
     assert inner is model and cond == {"label": 2, "other": 3}
+
+
+def drift(x: Tensor, t: Tensor) -> Tensor:
+    """A classifier's log-probability, not linear in x."""
+    return (t[:, None] - x).sin().sum(1)
+
+
+LABEL = torch.tensor([0.3, -0.2, 0.5], dtype=F64)
+NULL = {"label": 0.0}
+GUIDES: dict[str, Any] = {
+    "classifier": lambda model: guidance.classifier(model, drift, 1.3),
+    "classifier, conditions inside": lambda model: guidance.classifier(
+        model.given(label=LABEL), drift, guidance.interval(1.3, -4.0, 2.0)
+    ),
+    "classifier, off": lambda model: guidance.classifier(model, drift, 0.0),
+    "classifier-free": lambda model: guidance.classifier_free(model, 1.7, null=NULL).given(label=LABEL),
+    "classifier-free, rescaled": lambda model: guidance.classifier_free(
+        model, 1.7, null=NULL, rescale=0.4
+    ).given(label=LABEL),
+}
+
+
+class Pushed(nn.Module):
+    """A prediction that labels move."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        F, u = self.network(x, time).chunk(2, 1)
+        return torch.cat([F if label is None else F + label[:, None], u], 1)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize(("share", "variance"), [(0.0, "small"), (1.0, "large")])
+def test_guided_samples(guide: str, share: float, variance: str) -> None:
+    """With v = 0 or 1 those of ancestral sampling with that variance, for the same guided denoiser; and
+    guidance moves them."""
+    model, options = LearnedVariance(Pushed(built(share=share).network), VP), {"grid": NODES, "dtype": F64}
+    guided = GUIDES[guide](model)
+    found = sample(guided, (3, 2), solvers.ddpm_learned(), **options).x
+    expected = sample(guided, (3, 2), solvers.ddpm(variance), **options).x
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    label = {"label": LABEL} if "inside" in guide or "free" in guide else {}
+    plain = sample(model.given(**label), (3, 2), solvers.ddpm_learned(), **options).x
+    assert torch.equal(found, plain) == (guide == "classifier, off")
+
+
+def test_the_share_of_a_guided_model() -> None:
+    """The conditional one, without guidance the null one; conditions of the call before those inside."""
+    model, x, t = built(share=0.2), torch.ones(3, 2, dtype=F64), torch.tensor(0.5, dtype=F64)
+    shares = {
+        scale: guidance.classifier_free(model, scale, null=NULL).data_and_share(x, t, label=LABEL)[1][:, 0]
+        for scale in (0.0, 0.5, 1.0, 2.0)
+    }
+    for scale, share in shares.items():
+        assert torch.allclose(share, 0.2 + (LABEL if scale else 0 * LABEL), rtol=0, atol=1e-15)
+    for guided in (
+        guidance.classifier(model.given(label=0 * LABEL), drift, 1.0),
+        guidance.classifier_free(model.given(label=0 * LABEL), 2.0, null=NULL),
+    ):
+        inner, cond = with_variance(guided.given(label=LABEL))
+        assert inner is guided and cond == {"label": LABEL}
+        assert torch.allclose(inner.data_and_share(x, t, **cond)[1][:, 0], 0.2 + LABEL, rtol=0, atol=1e-15)
+    with pytest.raises(TypeError, match=r"expected a LearnedVariance denoiser, .* found ExactDenoiser"):
+        with_variance(guidance.classifier(LAW.denoiser(VP), drift, 1.0))
+    with pytest.raises(TypeError, match=r"expected a LearnedVariance denoiser, .* found Observed"):
+        with_variance(guidance.linear_inverse(model, torch.eye(2, dtype=F64), x[0], 0.1))
 
 
 def test_errors_of_the_solver_and_of_the_network() -> None:

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..denoiser import DATA, TIME_INPUTS, BaseDenoiser, Prediction, Rows, checked, determined, some_rows
+from ..denoiser import DATA, TIME_INPUTS, BaseDenoiser, Pair, Prediction, Rows, checked, determined, some_rows
 from ..gradients import gradient
 from ..schedules import Time, wide
 from ..sde import LinearSDE, like
+from ..variance import with_variance
 from .base import Guided
 from .scales import Scale, at, checked_scale
 
@@ -85,10 +86,19 @@ class Classified(Guided):
 
     def as_view(self, target: Prediction, /, x: Tensor, t: Time, **cond: Any) -> Tensor:
         t = wide(t)
-        plain = self.model.as_view(target, x, t, **cond)
+        return self._guided(target, self.model.as_view(target, x, t, **cond), x, t)
+
+    def _guided(self, target: Prediction, plain: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if self.scale == 0:
             return plain
         return plain + like(shift(target, self.scale, self.sde, t), x) * self._pull(x, t.to(x.device))
+
+    def data_and_share(self, x: Tensor, t: Time, **cond: Any) -> Pair:
+        """(D, v) of a `LearnedVariance`, D guided: the mean of a reverse step is then that of the guided law,
+        its variance the one of the law without guidance."""
+        inner, given = with_variance(self.model)
+        D, v = inner.data_and_share(x, t, **{**given, **cond})
+        return self._guided(DATA, D, x, wide(t)), v
 
     def rows(self, times: Tensor, x: Tensor, /, **cond: Any) -> Rows:
         plain = self.model.rows(times, x, **cond)

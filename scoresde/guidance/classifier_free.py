@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import DATA, BaseDenoiser, Prediction, Rows, checked, some_rows
+from ..denoiser import DATA, BaseDenoiser, Pair, Prediction, Rows, checked, some_rows
 from ..schedules import Time, wide
 from ..sde import like
+from ..variance import with_variance
 from .base import Guided
 from .scales import Scale, at, checked_scale
 
@@ -91,6 +92,16 @@ class ClassifierFree(Guided):
             without = self.model.as_view(target, x, t, **null)
             given = self.model.as_view(target, x, t, **cond)
         return self._rescaled(torch.lerp(without, given, strength), given, strength)
+
+    def data_and_share(self, x: Tensor, t: Time, **cond: Any) -> Pair:
+        """(D, v) of a `LearnedVariance`, D guided and v that of the conditional model."""
+        inner, given = with_variance(self.model)
+        null, t = self._null(cond), wide(t)
+        D, v = inner.data_and_share(x, t, **{**given, **cond})
+        without, free_v = inner.data_and_share(x, t, **{**given, **null})
+        strength = like(at(self.scale, self.sde, t), x)
+        guided = self._rescaled(torch.lerp(without, D, strength), D, strength)
+        return guided, torch.where(strength == 0, free_v, v)
 
     def rows(self, times: Tensor, x: Tensor, /, **cond: Any) -> Rows:
         if self.rescale:  # of D, and not of the network's output

@@ -198,10 +198,10 @@ def learned_step_term(
     """
     inner, given = with_variance(model)
     x, eps = x.double(), eps.double()
-    mean, std = inner.sde.marginal(x, t)
+    mean, std = model.sde.marginal(x, t)
     D, v = inner.data_and_share(mean + std * eps, t, **{**given, **cond})
-    ratio = like(inner.sde.alpha(t) / inner.sde.sigma(t), x)  # alpha (x - D) = sigma (noise - eps)
-    return step_divergence(inner.sde, s, t, (ratio * (x - D)).square(), v).flatten(1).sum(1)
+    ratio = like(model.sde.alpha(t) / model.sde.sigma(t), x)  # alpha (x - D) = sigma (noise - eps)
+    return step_divergence(model.sde, s, t, (ratio * (x - D)).square(), v).flatten(1).sum(1)
 
 
 def noise_error(

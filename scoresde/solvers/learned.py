@@ -46,7 +46,7 @@ class LearnedAncestral:
         Raises TypeError for a model without a variance, ValueError for times that rise or no noise."""
         started = time.perf_counter()
         inner, cond = with_variance(model)
-        grid = Grid.of(inner.sde, times)
+        grid = Grid.of(model.sde, times)
         if float(grid.t[0]) < float(grid.t[-1]):
             raise ValueError(
                 f"{self} is stochastic and cannot run from data to noise: encode with a deterministic solver"
@@ -54,9 +54,9 @@ class LearnedAncestral:
         if noise is None:
             raise ValueError(f"{self} is stochastic: expected a noise source, found None")
         watch, path = Watch(repr(self), x), list[Any]()
-        steps = [c.tolist() for c in posterior(inner.sde, grid.t[1:], grid.t[:-1])]
-        gaps, clock = log_ratio(inner.sde, grid.t[1:], grid.t[:-1]).tolist(), grid.t.to(x.device)
-        with torch.no_grad(), evaluating(inner):
+        steps = [c.tolist() for c in posterior(model.sde, grid.t[1:], grid.t[:-1])]
+        gaps, clock = log_ratio(model.sde, grid.t[1:], grid.t[:-1]).tolist(), grid.t.to(x.device)
+        with torch.no_grad(), evaluating(model):
             for k, (keep, mix, std) in enumerate(zip(*steps, strict=True)):
                 D, v = inner.data_and_share(x, clock[k], **cond)
                 watch(D, float(grid.t[k]))
