@@ -162,7 +162,7 @@ def ends_of(board: Board, table: Any, x: Tensor) -> Tensor:
     return in_blocks(board, x, lambda model, part: solver.solve(model, part, table.times[[0, -1]]).x)
 
 
-def fit(board: Board, solver: Any, calls: int, seconds: float, what: str, n: int) -> Tuned:
+def fit(board: Board, solver: Any, calls: int, seconds: float, what: str, n: int, starts: int) -> Tuned:
     """`select.tune` on noises that are not those held out, n in each of its sets."""
     return tune(
         board.model,
@@ -174,7 +174,7 @@ def fit(board: Board, solver: Any, calls: int, seconds: float, what: str, n: int
         n=n,
         start=board.noise(3 * n, 10),
         condition=board.condition(n),
-        starts=board.starts,
+        starts=starts,
         batch=board.batch,
         flip=FLIP / board.scale,
     )
@@ -185,7 +185,7 @@ def tuned(board: Board, calls: int, quick: bool, slack: float) -> tuple[Tuned, f
     n = board.n * 5 // calls // (4 if quick else 1)
     seconds = (0.1 if quick else 1.0) * board.seconds * slack
     before = time.process_time()
-    found = fit(board, STARTS, calls, seconds, "all", n)
+    found = fit(board, STARTS, calls, seconds, "all", n, board.starts)
     return found, time.process_time() - before
 
 
