@@ -28,10 +28,14 @@ def pullback(f: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> tuple[T
 
 
 def _outside(function: Callable[[Tensor], Any], x: Tensor) -> Any:
-    """function(x), not in `inference_mode`: there `torch.func` finds no gradient but 0 before torch 2.13."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+    """function(x), not in `inference_mode`: there `torch.func` finds no gradient but 0 before torch 2.13.
+
+    A trace cannot ask for the mode, so it always leaves it.
+    """
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
         return function(x)
-    with torch.inference_mode(False), torch.no_grad():
+    recorded = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(recorded):
         return function(x.clone())  # the copy is no tensor of that mode
 
 

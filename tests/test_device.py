@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +40,7 @@ from scoresde import (
     train,
 )
 from scoresde.noise import Noise
+from scoresde.schedules import Learned
 from scoresde.sde import like
 from scoresde.solvers.watch import Outputs
 
@@ -161,32 +163,63 @@ def test_no_step_waits_for_the_device(name: str) -> None:
     assert waits(lambda: run(12)) == waits(lambda: run(4))
 
 
-class Traffic(TorchDispatchMode):
+def devices(values: Any) -> set[str]:
+    return {one.device.type for one in tree_leaves(values) if isinstance(one, Tensor)}
+
+
+def caller() -> str:
+    """The line of ours that is running."""
+    frames = [one for one in traceback.extract_stack()[:-2] if "scoresde" in one.filename]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "here"
+
+
+class Copies(TorchDispatchMode):
     """Keeps where tensors go from the host to `META`. (What reads from there raises an error: no data.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: list[str]) -> None:
         super().__init__()
-        self.seen: list[str] = []
+        self.seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {one.device.type for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        made = {one.device.type for one in tree_leaves(out) if isinstance(one, Tensor)}
-        if "copy" in str(func) and "cpu" in given and META.type in made:
-            frames = [one for one in traceback.extract_stack() if "scoresde" in one.filename]
-            self.seen.append(f"{frames[-1].filename}:{frames[-1].lineno}")
+        moving = "copy" in str(func) or "index" in str(func)
+        if moving and "cpu" in devices((args, kwargs)) and META.type in devices(out):
+            self.seen.append(caller())
+        return out
+
+
+class Uploads(TorchFunctionMode):
+    """Keeps where tensors on `META` are made of numbers of the host."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and META.type in devices(out)
+        if made and META.type not in devices(args[0] if func != Tensor.new_tensor else ()):
+            self.seen.append(caller())
         return out
 
 
 def traffic(run: Callable[[], Any]) -> list[str]:
-    with Traffic() as mode:
+    seen: list[str] = []
+    with Uploads(seen), Copies(seen):
         run()
-    return mode.seen
+    return seen
 
 
 def test_traffic_is_seen() -> None:
     ready = torch.ones(2, device=META)
-    assert traffic(lambda: ready + 1.0) == [] and len(traffic(lambda: like(torch.tensor(2.0), ready))) == 1
+    assert traffic(lambda: ready + 1.0) == traffic(lambda: ready.new_full((), 2.0)) == []
+    for upload in (
+        lambda: like(torch.tensor(2.0), ready),
+        lambda: torch.tensor(2.0, device=META),
+        lambda: ready.new_tensor([2.0]),
+        lambda: ready[torch.tensor([0])],
+    ):
+        assert len(traffic(upload)) == 1
     with pytest.raises(RuntimeError, match="meta"):
         float(ready[0])
 
@@ -230,9 +263,39 @@ def assert_silent(model: BaseDenoiser, solver: Any) -> None:
     assert run(12) == run(4) != []
 
 
+def test_the_watch_sees_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not states, of every row of a table."""
+    shown: list[Tensor] = []
+    monkeypatch.setattr(Outputs, "__call__", lambda self, out: shown.append(out))
+    returned: list[Tensor] = []
+    model = small()
+    model.network.register_forward_hook(lambda module, given, out: returned.append(out))
+    x = torch.zeros(2, 1, 2, 2, device=META)
+    solvers.dpmpp(2).solve(model, x, grids.log_snr(VP, 4))
+    assert len(shown) == 4 and all(a is b for a, b in zip(shown, returned, strict=True))
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_learned_schedules_follow_the_clock(ends: bool) -> None:
+    """Parameters on the host, times elsewhere: what training asks for on a GPU."""
+    schedule, t = Learned(learn_ends=ends), torch.linspace(0.1, 0.9, 5, dtype=F64, device=META)
+    for function in (schedule.log_snr, schedule.B, schedule.beta):
+        assert function(t).device == META and function(t).shape == (5,)
+
+
+def test_proposals_follow_their_numbers() -> None:
+    u = torch.full((3, 2), 0.5, dtype=F64, device=META)
+    for proposal in (likelihood.by_log_snr, likelihood.along(VP)):
+        t, rate = proposal(VP, u, 1e-3)
+        assert t.device == rate.device == META and t.shape == rate.shape == (3, 2)
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_no_step_sends_anything_to_the_device(name: str, nothing_is_read: None) -> None:
     assert_silent(small().given(label=LABEL), SOLVERS[name])
+
+
+# What is known of the data may come from the host: it is sent once.
 
 
 def classified() -> BaseDenoiser:
@@ -240,21 +303,33 @@ def classified() -> BaseDenoiser:
     return guidance.classifier(small(), net.log_prob(1), guidance.interval(2.0, -1.0, 5.0))
 
 
+def moved() -> BaseDenoiser:
+    model, net = Denoiser(Small(), VP), guidance.Classifier(Small(classes=3), VP)
+    return guidance.classifier(model, net.log_prob(torch.tensor([0, 2])), 2.0).eval().to(META)
+
+
 def restored() -> BaseDenoiser:
-    mask = torch.zeros(2, 2, dtype=torch.bool, device=META)
-    return guidance.inpaint(small(), mask, torch.ones(1, 1, 2, 2, device=META))
+    return guidance.inpaint(small(), torch.eye(2, dtype=torch.bool), torch.ones(1, 1, 2, 2), 0.1)
+
+
+def coloured() -> BaseDenoiser:
+    return guidance.colorize(small(), torch.ones(1, 1, 2, 2))
 
 
 def observed() -> BaseDenoiser:
-    A, y = torch.ones(1, 4, device=META), torch.ones(1, device=META)
-    return guidance.linear_inverse(small(), A, y, 0.1)
+    return guidance.linear_inverse(small(), torch.ones(1, 4), torch.ones(1), 0.1)
 
 
 def free() -> BaseDenoiser:
     return guidance.classifier_free(small(), 2.0, null={"label": -1}, rescale=0.5).given(label=LABEL)
 
 
-@pytest.mark.parametrize("made", [classified, free, restored, observed])
+def free_of_a_tensor() -> BaseDenoiser:
+    null = {"label": torch.tensor(-1)}
+    return guidance.classifier_free(small(), 2.0, null=null, rescale=0.5).given(label=LABEL)
+
+
+@pytest.mark.parametrize("made", [classified, moved, free, free_of_a_tensor, restored, coloured, observed])
 @pytest.mark.parametrize("solver", [solvers.dpmpp(2), solvers.ddpm()], ids=["2m", "ddpm"])
 def test_guidance_sends_nothing_either(made: Any, solver: Any, nothing_is_read: None) -> None:
     assert_silent(made(), solver)

@@ -656,6 +656,19 @@ def test_what_a_classifier_gets_and_gives(sde, time_input, device) -> None:
     assert torch.equal(classifier.log_prob(1)(x, t), log_p[:, 1])
 
 
+@pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_guidance_in_every_mode(around, fullgraph, unchecked) -> None:
+    """Before torch 2.13 `torch.func` finds no gradient in inference_mode, and says nothing of it."""
+    model, x = guided(), draw(torch.device("cpu"), F64, 4, 1)
+    expected = model(x, 0.3)
+    assert not torch.allclose(expected, PRIOR.denoiser(VP)(x, 0.3), rtol=0, atol=0.1)
+    torch._dynamo.reset()
+    with around():
+        found = torch.compile(lambda x: model(x, 0.3), backend="eager", fullgraph=fullgraph)(x.clone())
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12) and not found.requires_grad
+
+
 # ---- errors and ends
 
 
@@ -695,6 +708,8 @@ def test_errors(device, unchecked) -> None:
         guidance.ramp(1.0, 2.0, -math.inf, 0.0)
     with pytest.raises(ValueError, match="label: expected classes 0 to 2, found 0 to 3"):
         classifier.log_prob(torch.tensor([0, 3, 0, 0]))(x, 0.3)
+    with pytest.raises(ValueError, match="label: expected classes 0 to 2, found -1 to 2"):
+        classifier.log_prob(torch.tensor([0, -1, 2, 0]))(x, 0.3)
     with pytest.raises(ValueError, match="label: expected 4 labels, one a sample, found 2"):
         classifier.log_prob(torch.tensor([0, 1]))(x, 0.3)
     with pytest.raises(ValueError, match="label: expected an integer"):

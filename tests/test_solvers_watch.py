@@ -12,6 +12,7 @@ from protocol import Wavy, regular
 from scoresde import VPSDE, solvers
 from scoresde.noise import Noise
 from scoresde.solvers import base
+from scoresde.solvers import watch as module
 from scoresde.solvers.watch import Outputs, Watch
 
 VP = VPSDE()
@@ -42,6 +43,17 @@ def test_large_outputs_are_finite(device: torch.device) -> None:
     outputs = Outputs()
     outputs(GOOD.to(device))
     assert outputs.first_bad() is None
+
+
+@pytest.mark.parametrize("place", [0, 2, 3, 6, 7, None])
+def test_long_runs_keep_blocks(place: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three here; the number of the first bad one is that of the call."""
+    monkeypatch.setattr(module, "BLOCK", 3)
+    outputs = Outputs()
+    for k in range(8):
+        outputs(torch.tensor([math.nan if place is not None and k in (place, 7) else 1.0]))
+    assert outputs.first_bad() == place
+    assert [len(block) for block in outputs.blocks] == [3, 3] and len(outputs.largest) == 2
 
 
 def watch_of(where: str) -> Watch:

@@ -353,6 +353,15 @@ GUIDES: dict[str, Any] = {
     ),
     "classifier, off": lambda model: guidance.classifier(model, drift, 0.0),
     "classifier-free": lambda model: guidance.classifier_free(model, 1.7, null=NULL).given(label=LABEL),
+    "classifier-free, doubled": lambda model: guidance.classifier_free(
+        model, 1.7, null=NULL, doubled=True
+    ).given(label=LABEL),
+    "classifier-free, conditional": lambda model: guidance.classifier_free(model, 1, null=NULL).given(
+        label=LABEL
+    ),
+    "classifier-free, by noise": lambda model: guidance.classifier_free(
+        model, guidance.interval(2.0, -4.0, 2.0, outside=1.0), null=NULL
+    ).given(label=LABEL),
     "classifier-free, rescaled": lambda model: guidance.classifier_free(
         model, 1.7, null=NULL, rescale=0.4
     ).given(label=LABEL),
@@ -383,7 +392,21 @@ def test_guided_samples(guide: str, share: float, variance: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     label = {"label": LABEL} if "inside" in guide or "free" in guide else {}
     plain = sample(model.given(**label), (3, 2), solvers.ddpm_learned(), **options).x
-    assert torch.equal(found, plain) == (guide == "classifier, off")
+    assert torch.equal(found, plain) == (guide in ("classifier, off", "classifier-free, conditional"))
+
+
+@pytest.mark.parametrize(
+    ("scale", "doubled", "calls"), [(0, False, 1), (1, True, 1), (2, False, 2), (2, True, 1)]
+)
+def test_calls_of_a_guided_model(scale: float, doubled: bool, calls: int) -> None:
+    """As many as `classifier_free` promises, with the same result."""
+    model, x = built(share=0.2), torch.ones(3, 2, dtype=F64)
+    seen: list[int] = []
+    model.network.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    guided = guidance.classifier_free(model, scale, null=NULL, doubled=doubled)
+    D, _ = guided.data_and_share(x, 0.5, label=LABEL)
+    assert len(seen) == calls
+    torch.testing.assert_close(D, guided(x, 0.5, label=LABEL), rtol=1e-12, atol=1e-14)
 
 
 def test_the_share_of_a_guided_model() -> None:
@@ -396,12 +419,17 @@ def test_the_share_of_a_guided_model() -> None:
     for scale, share in shares.items():
         assert torch.allclose(share, 0.2 + (LABEL if scale else 0 * LABEL), rtol=0, atol=1e-15)
     for guided in (
-        guidance.classifier(model.given(label=0 * LABEL), drift, 1.0),
-        guidance.classifier_free(model.given(label=0 * LABEL), 2.0, null=NULL),
+        guidance.classifier(model.given(label=1 - LABEL), drift, 1.0),
+        guidance.classifier_free(model.given(label=1 - LABEL), 2.0, null=NULL),
     ):
         inner, cond = with_variance(guided.given(label=LABEL))
         assert inner is guided and cond == {"label": LABEL}
-        assert torch.allclose(inner.data_and_share(x, t, **cond)[1][:, 0], 0.2 + LABEL, rtol=0, atol=1e-15)
+        D, v = inner.data_and_share(x, t, **cond)
+        assert torch.allclose(v[:, 0], 0.2 + LABEL, rtol=0, atol=1e-15)
+        assert torch.equal(D, guided(x, t, label=LABEL))
+    pushed = LearnedVariance(Pushed(built(share=0.0).network), VP).given(label=1 - LABEL)
+    guided = guidance.classifier_free(pushed, 2.0, null=NULL)
+    assert torch.equal(guided.data_and_share(x, t, label=LABEL)[0], guided(x, t, label=LABEL))
     with pytest.raises(TypeError, match=r"expected a LearnedVariance denoiser, .* found ExactDenoiser"):
         with_variance(guidance.classifier(LAW.denoiser(VP), drift, 1.0))
     with pytest.raises(TypeError, match=r"expected a LearnedVariance denoiser, .* found Observed"):

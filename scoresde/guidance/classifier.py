@@ -95,7 +95,7 @@ class Classified(Guided):
 
     def data_and_share(self, x: Tensor, t: Time, **cond: Any) -> Pair:
         """(D, v) of a `LearnedVariance`, D guided: the mean of a reverse step is then that of the guided law,
-        its variance the one of the law without guidance."""
+        its variance the one of the law without guidance. log_prob is called at every noise level."""
         inner, given = with_variance(self.model)
         D, v = inner.data_and_share(x, t, **{**given, **cond})
         return self._guided(DATA, D, x, wide(t)), v
@@ -160,7 +160,11 @@ class Classifier(nn.Module):
 class LabelLogProb(nn.Module):
     """See `Classifier.log_prob`."""
 
-    def __init__(self, classifier: Classifier, label: int | Tensor) -> None:
+    label: Tensor
+
+    def __init__(
+        self, classifier: Classifier, label: int | Tensor, ends: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         given = torch.as_tensor(label)
         if given.is_floating_point() or given.dtype == torch.bool or given.ndim > 1:
@@ -168,10 +172,11 @@ class LabelLogProb(nn.Module):
                 f"label: expected an integer or integers of shape (B,), found {given.dtype} of shape "
                 f"{tuple(given.shape)}"
             )
-        # Read and sent to the device here, and not at every call
-        self.least, self.most = (int(v) for v in given.aminmax()) if given.numel() else (0, 0)
+        # Read and sent to the device here, and not at every call; `ends` where it has been read before
+        self.least, self.most = ends or (map(int, given.aminmax()) if given.numel() else (0, 0))
         device = next((p.device for p in classifier.parameters()), given.device)
-        self.classifier, self.label = classifier, given.to(device)
+        self.classifier = classifier
+        self.register_buffer("label", given.to(device), persistent=False)
 
     def forward(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, " b"]:
         log_p = self.classifier(x, t)
@@ -186,4 +191,4 @@ class LabelLogProb(nn.Module):
         return log_p.gather(1, label.expand(len(x))[:, None])[:, 0]
 
     def narrowed(self, rows: Tensor | slice, batch: int) -> LabelLogProb:
-        return LabelLogProb(self.classifier, some_rows(self.label, rows, batch))
+        return LabelLogProb(self.classifier, some_rows(self.label, rows, batch), (self.least, self.most))

@@ -68,8 +68,8 @@ class ClassifierFree(Guided):
             )
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale: expected a number from 0 to 1, found {rescale}")
-        self.scale, self.null, self.rescale = checked_scale(scale), dict(null), rescale
-        self.doubled = doubled
+        self.scale, self.rescale, self.doubled = checked_scale(scale), rescale, doubled
+        self.null = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in null.items()}
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, null={self.null}, rescale={self.rescale}, doubled={self.doubled}"
@@ -94,11 +94,20 @@ class ClassifierFree(Guided):
         return self._rescaled(torch.lerp(without, given, strength), given, strength)
 
     def data_and_share(self, x: Tensor, t: Time, **cond: Any) -> Pair:
-        """(D, v) of a `LearnedVariance`, D guided and v that of the conditional model."""
+        """(D, v) of a `LearnedVariance`, D guided and v that of the conditional model. A scale that is a
+        function of noise level costs both calls everywhere."""
         inner, given = with_variance(self.model)
-        null, t = self._null(cond), wide(t)
-        D, v = inner.data_and_share(x, t, **{**given, **cond})
-        without, free_v = inner.data_and_share(x, t, **{**given, **null})
+        null, t = {**given, **self._null(cond)}, wide(t)
+        cond = {**given, **cond}
+        if self.scale in (0, 1):
+            return inner.data_and_share(x, t, **(cond if self.scale else null))
+        if self.doubled:
+            times = t.to(x.device).expand(len(x)).repeat(2)
+            both = inner.data_and_share(twice(x), times, **paired(null, cond, len(x)))
+            (without, free_v), (D, v) = zip(*(one.chunk(2) for one in both), strict=True)
+        else:
+            without, free_v = inner.data_and_share(x, t, **null)
+            D, v = inner.data_and_share(x, t, **cond)
         strength = like(at(self.scale, self.sde, t), x)
         guided = self._rescaled(torch.lerp(without, D, strength), D, strength)
         return guided, torch.where(strength == 0, free_v, v)

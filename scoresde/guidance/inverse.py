@@ -187,8 +187,8 @@ class Observed(Guided):
                     "expected A of shape (m, D) and y of shape (m,) or (B, m), found shapes "
                     f"{tuple(A.shape)} and {tuple(y.shape)}"
                 )
-            A, y = Matrix(A), y.reshape(-1, len(A))
-        self.A, self.y, self.rule, self.scale = A, y, rule, checked_scale(scale)
+            A, y = Matrix(A.to(model.device)), y.reshape(-1, len(A))
+        self.A, self.y, self.rule, self.scale = A, y.to(model.device), rule, checked_scale(scale)
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, scale={self.scale}"
@@ -305,6 +305,9 @@ class Masked:
     def __call__(self, x: Tensor) -> Tensor:
         return x * self.mask.to(x)
 
+    def to(self, device: torch.device) -> Masked:
+        return Masked(self.mask.to(device))
+
     def width(self, x: Tensor) -> int:
         """Variance of a coordinate for each unit of variance of y."""
         return 1
@@ -322,6 +325,9 @@ class Grey:
     def __call__(self, x: Tensor) -> Tensor:
         return x.mean(1, keepdim=True).expand_as(x)
 
+    def to(self, device: torch.device) -> Grey:
+        return self
+
     def width(self, x: Tensor) -> int:
         """Variance of a coordinate for each unit of variance of y."""
         return x.shape[1]
@@ -334,7 +340,7 @@ class Replaced(Guided):
 
     def __init__(self, model: BaseDenoiser, part: Masked | Grey, y: Tensor, noise_var: float) -> None:
         super().__init__(model)
-        self.part, self.y, self.noise_var = part, y, noise_var
+        self.part, self.y, self.noise_var = part.to(model.device), y.to(model.device), noise_var
 
     def extra_repr(self) -> str:
         return f"{type(self.part).__name__}, noise_var={self.noise_var}"

@@ -8,20 +8,26 @@ import math
 import torch
 from torch import Tensor
 
+BLOCK = 1024  # numbers that are kept as one tensor: one alone takes as much memory as a hundred
+
 
 class Outputs:
     """The largest magnitude in every output, NaN if one is in it: one number each, which stays on the device
     until `first_bad` reads them all."""
 
     def __init__(self) -> None:
+        self.blocks: list[Tensor] = []
         self.largest: list[Tensor] = []
 
     def __call__(self, out: Tensor) -> None:
         self.largest.append(torch.linalg.vector_norm(out, math.inf) if out.numel() else out.new_zeros(()))
+        if len(self.largest) == BLOCK:
+            self.blocks, self.largest = [*self.blocks, torch.stack(self.largest)], []
 
     def first_bad(self) -> int | None:
         """The number of the first output that was not finite."""
-        finite = torch.stack(self.largest).isfinite().tolist() if self.largest else []
+        rest = [torch.stack(self.largest)] if self.largest else []
+        finite = torch.cat([*self.blocks, *rest]).isfinite().tolist() if self.blocks or rest else []
         return finite.index(False) if False in finite else None
 
 
