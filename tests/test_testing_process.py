@@ -675,10 +675,12 @@ def values_of(case: Any) -> list[Any]:
     if isinstance(case, scoresde.Tableau):
         return [*case.canonical()]
     if isinstance(case, BaseDenoiser):
+        # of a network what it predicts: where there is hardly a signal, D magnifies its rounding
         model = case.network.model if isinstance(case, Denoiser) else case
         x = torch.ones(2, model.law.dim, dtype=torch.float64)
         t = strategies.at(case.sde, 0.4)
-        return [case(x, t), case.sde.alpha(t)]
+        predicted = case.raw(x, t) if isinstance(case, Denoiser) else x
+        return [model(x, t), predicted, case.sde.alpha(t)]
     if isinstance(case, Schedule):
         return [case.B(T), case.beta(T)]
     return [case]
