@@ -610,6 +610,7 @@ def test_errors(unchecked):
         (lambda: predictor_corrector(solvers.ddim(), 1, 0.1, "mean"), "norm to be one of"),
         (lambda: pc.solve(model, x, grid), "noise source"),
         (lambda: pc.solve(model, x, grid.reversed(), noise=noise), "from data to noise"),
+        (lambda: pc.solve(model, x, grids.uniform(VP, 1).reversed(), noise=noise), "from data to noise"),
         (lambda: pc.steps_for(1), "at least 2 calls"),
         (lambda: annealed_langevin(0), "steps_per_level >= 1"),
         (lambda: annealed_langevin(1, -0.1), "step > 0"),

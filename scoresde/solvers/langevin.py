@@ -83,8 +83,7 @@ class PredictorCorrector:
         """Run from `x` (B, ...) at times[0] to times[-1]. The callback sees the predictor's calls.
 
         With R rows in the predictor's table, it uses the noise rows 0..R - 1, as when it runs alone; step m
-        of
-        the corrector at node j = 1, 2, ... uses row `R + (j - 1) corrector_steps + m`.
+        of the corrector at node j = 1, 2, ... uses row `R + (j - 1) corrector_steps + m`.
         """
         started = time.perf_counter()
         grid = Grid.of(model.sde, times)
