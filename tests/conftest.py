@@ -8,6 +8,7 @@ nightly, chosen by --hypothesis-profile or the environment variable HYPOTHESIS_P
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; xdist's workers inherit it
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -70,6 +72,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """That of a state for a network of `dtype`: float32 for bfloat16, which states may not have."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """No test depends on those before it. (hypothesis seeds random and numpy for every example.)"""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

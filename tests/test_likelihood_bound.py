@@ -321,8 +321,8 @@ def test_a_learned_schedule_lowers_the_variance_and_not_the_value(unchecked):
     generator = torch.Generator().manual_seed(0)
     u, x, eps = (
         torch.rand(4096, generator=generator).double(),
-        LAW.sample(4096),
-        torch.randn(4096, 1).double(),
+        LAW.sample(4096, generator=generator),
+        torch.randn(4096, 1, generator=generator).double(),
     )
     with torch.no_grad():
         before, value = float(squares(schedule, u, x, eps)), learned_value(schedule)

@@ -224,7 +224,7 @@ def test_p29_the_flow_of_a_gaussian(name: str, mean: float, variance: float, z: 
     declared = ORDERED[name].card.order
     assert declared is not None
     rounding = found.errors[-1] < 1e-11
-    vanishing = found.errors[-1] < 0.01 * 320.0**-declared  # where the leading term passes through zero
+    vanishing = found.errors[-1] < 0.1 * 320.0**-declared  # where the leading term passes through zero
     assert rounding or vanishing or found.order > declared - 0.5
 
 
