@@ -214,17 +214,19 @@ ORDERED = {name: s for name, s in TABLES.items() if s.card.order is not None}
 @given(st.sampled_from(sorted(ORDERED)), st.floats(-1, 1), st.floats(0.05, 3), st.floats(-1.5, 1.5))
 def test_p29_the_flow_of_a_gaussian(name: str, mean: float, variance: float, z: float) -> None:
     """`x = alpha m + (alpha^2 S + sigma^2)^(1/2) z` keeps z. On one law the order may be higher than
-    declared, never lower; all laws together, in test_solvers_orders.py, have it."""
+    declared, never lower; all laws together, in test_solvers_orders.py, have it. Beside each variance stands
+    another one: the leading term of the error can pass through zero at one of them."""
+    S = variance * np.array([1.0, 0.6])
     problem = orders.Problem(
-        lambda y, lam: mean + variance / (variance + math.exp(-2 * lam)) * (y - mean),
-        lambda lam: np.array([mean + math.sqrt(variance + math.exp(-2 * lam)) * z]),
-        [f"N({mean}, {variance}) from {z}"],
+        lambda y, lam: mean + S / (S + math.exp(-2 * lam)) * (y - mean),
+        lambda lam: mean + np.sqrt(S + math.exp(-2 * lam)) * z,
+        [f"N({mean}, {v}) from {z}" for v in S],
     )
     found = orders.order(ORDERED[name], VP, problem, steps=(160, 320))
     declared = ORDERED[name].card.order
     assert declared is not None
     rounding = found.errors[-1] < 1e-11
-    vanishing = found.errors[-1] < 0.1 * 320.0**-declared  # where the leading term passes through zero
+    vanishing = found.errors[-1] < 0.01 * 320.0**-declared  # where the leading term passes through zero
     assert rounding or vanishing or found.order > declared - 0.5
 
 
