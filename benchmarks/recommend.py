@@ -8,15 +8,15 @@ not the law. Then every candidate is run on the mixture itself from other noises
 
 samples    the median distance from the exact solution over 32 noises: one in 5 of `pool()`, with all
            solvers and all grids
-diversity  the sliced 2-Wasserstein distance of 2048 samples from the law: one in 13 of
-           `pool(stochastic=True)`, on the mixtures of up to 8 dimensions, up to 20 calls. Errors below what
-           true samples have cannot be told apart, so the same is done on a second set of noises: the
-           correlation between the two is what a perfect prediction would be found to have
+diversity  the sliced 2-Wasserstein distance of the output's law from that of x_end, twice from 1024 to 4096
+           samples that share their noise with true ones (`select.coupling`): one in 31 of
+           `pool(stochastic=True)`, others for every mixture. Small distances are chance both times: the
+           correlation of the two is about what a perfect prediction would be found to have
 
 For every mixture and number of calls: Spearman's correlation of predicted and true errors over all
-candidates, and the true error of the recommended one over the least (of what exceeds the floor in the square,
-at least half the floor). Beside them those of the plain Gaussian surrogate, and of fixed choices. The seed of
-the scored mixtures was not used in development.
+candidates, and the true error of the recommended one over the least (squares of laws at least their standard
+error). Beside them those of the plain Gaussian surrogate, and of fixed choices. The seed of the scored
+mixtures was not used in development.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from torch import Tensor
 from scoresde import VPSDE
 from scoresde.laws import Law, Mixture
 from scoresde.select import Candidate, Recommendation, gaussian_surrogate, mixture_surrogate, pool, recommend
+from scoresde.select.coupling import Distances, law_distances
 from scoresde.select.tables import run_stack, stack
 from scoresde.tableau import Tableau
 
 from .accuracy import reference
-from .accuracy_sde import Sliced
 
 SDE = VPSDE()
 SEED, MIXTURES, CALLS = 20261125, 30, (5, 10, 20, 50)
-DATA, NOISES, SAMPLES = 2048, 32, 2048
-STRIDES = {"samples": 5, "diversity": 13}  # one candidate in so many
-SMALL, SHORT = 8, 20  # the most dimensions and calls of the stochastic half
+DATA, NOISES = 2048, 32
+SAMPLES, NUMBERS = range(1024, 4097), 2**15  # for a law: so many numbers' worth, within these bounds
+STRIDES = {"samples": 5, "diversity": 31}  # one candidate in so many
 PART = 2**19  # numbers of a batch of states
 RESULTS = Path(__file__).parent / "results"
 FILES = {"samples": "recommend", "diversity": "recommend_diversity"}
@@ -115,24 +115,29 @@ def true_distances(law: Law, tables: list[Tableau], generator: torch.Generator) 
 
 
 class Truth(NamedTuple):
-    """Errors, and that of true samples."""
+    """Squared distances of laws, measured twice."""
 
-    errors: list[float]
-    floor: float
+    one: Distances
+    two: Distances
 
-    def excess(self) -> list[float]:
-        least = 0.5 * self.floor
-        return [max(math.sqrt(max(e**2 - self.floor**2, 0.0)), least) for e in self.errors]
+    def squares(self) -> list[float]:
+        """Without bias: around zero where all samples there are do not tell the law from the true one."""
+        return (0.5 * (self.one.squares + self.two.squares)).nan_to_num(math.inf).tolist()
+
+    def distances(self) -> list[float]:
+        """With squares of at least their standard error."""
+        errors = 0.5 * (self.one.errors.square() + self.two.errors.square()).sqrt()
+        least = torch.maximum(torch.tensor(self.squares(), dtype=torch.float64), errors)
+        return least.sqrt().nan_to_num(math.inf).tolist()
+
+    def ceiling(self) -> float:
+        return spearman(*(d.squares.nan_to_num(math.inf).tolist() for d in self))
 
 
 def true_laws(law: Law, tables: list[Tableau], generator: torch.Generator) -> Truth:
-    """Sliced distances of samples from the law."""
-    model, rows = law.denoiser(SDE), max(map(len, tables))
-    directions = torch.randn(64, law.dim, generator=generator, dtype=torch.float64)
-    distance = Sliced(law.marginal(SDE, float(SDE.default_end)), directions, SAMPLES, generator)
-    x, *noise = torch.randn(1 + rows, SAMPLES, law.dim, generator=generator, dtype=torch.float64)
-    found = [run_stack(stack(part), model, x, noise) for part in parts(tables, x.numel())]
-    return Truth([distance(samples) for part in found for samples in part], distance.floor)
+    """Of the outputs of the tables from that of x_end."""
+    samples = min(max(NUMBERS // law.dim, SAMPLES.start), SAMPLES.stop - 1)
+    return Truth(*(law_distances(SDE, law, tables, samples, generator) for _ in range(2)))
 
 
 def predictions(found: Recommendation, candidates: Sequence[Candidate]) -> list[float]:
@@ -164,7 +169,8 @@ def one(seed: int, number: int, dim: int, calls: Sequence[int], need: str) -> It
         "modes": len(law.means),
         "fitted": len(fitted["mixture"].law.means),
     }
-    offered = pool(stochastic=need == "diversity")[:: STRIDES[need]]
+    first = number % STRIDES[need] if need == "diversity" else 0
+    offered = pool(stochastic=need == "diversity")[first :: STRIDES[need]]
     for n in calls:
         found = {name: recommend(SDE, s, n, need, candidates=offered) for name, s in fitted.items()}
         listed = [r.candidate for r in found["mixture"].ranking]
@@ -173,9 +179,9 @@ def one(seed: int, number: int, dim: int, calls: Sequence[int], need: str) -> It
         if need == "samples":
             raw = true = true_distances(law, tables, generator)
         else:
-            first, second = (true_laws(law, tables, generator) for _ in range(2))
-            raw, true = first.errors, first.excess()
-            row["ceiling"] = spearman(first.errors, second.errors)
+            truth = true_laws(law, tables, generator)
+            raw, true = truth.squares(), truth.distances()
+            row["ceiling"] = truth.ceiling()
         for name in SURROGATES:
             row[name] = outcome(predictions(found[name], listed), raw, true)._asdict()
         row["fixed"] = {c.name: e / min(true) for c, e in zip(listed, true, strict=True) if c.name in FIXED}
@@ -278,10 +284,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     started, rows = time.process_time(), []
-    short = args.need == "diversity"
-    calls = [n for n in args.calls if n <= SHORT or not short]
     for number, dim in enumerate(dimensions(args.mixtures)):
-        for row in one(args.seed, number, dim, calls, args.need) if dim <= SMALL or not short else ():
+        for row in one(args.seed, number, dim, args.calls, args.need):
             rows.append(row)
             told = [f"{name} {row[name]['spearman']:.3f} {row[name]['ratio']:.2f}" for name in SURROGATES]
             print(number, dim, row["modes"], row["fitted"], row["need"], row["calls"], *told, flush=True)

@@ -195,14 +195,18 @@ def test_tuned_tables_hold(unchecked):
         assert row["more_flips"] > 0.01 or "missed" in tuning.line(row)
 
 
-def test_recommend_judges_stochastic_solvers_by_samples(monkeypatch):
-    """The distances of samples: of few, so only that fifty steps are nearer to the law than three."""
-    monkeypatch.setattr(recommend, "SAMPLES", 256)
+def test_recommend_judges_stochastic_solvers_by_their_laws(monkeypatch):
+    """Fifty steps are nearer to the law than three; what chance decides counts as its standard error."""
+    monkeypatch.setattr(recommend, "NUMBERS", 0)
     law = recommend.random_mixture(torch.Generator().manual_seed(0), 2)
     tables = [solvers.ddpm().tableau(SDE, grids.quadratic(SDE, n)) for n in (3, 50)]
-    truth = recommend.true_laws(law, tables, torch.Generator().manual_seed(1))
-    assert truth.errors[0] > 2 * truth.errors[1] > truth.floor
-    assert min(truth.excess()) >= truth.floor / 2
+    far, near = recommend.true_laws(law, tables, torch.Generator().manual_seed(1)).distances()
+    assert far > 5 * near > 0
+    unsure = recommend.Distances(torch.tensor([-1.0, 4.0, math.nan]), torch.tensor([0.3, 0.4, math.nan]))
+    truth = recommend.Truth(unsure, unsure._replace(errors=torch.tensor([0.4, 0.3, math.nan])))
+    assert truth.squares() == [-1.0, 4.0, math.inf]
+    assert truth.distances() == pytest.approx([0.5, 2.0, math.inf])
+    assert truth.ceiling() == pytest.approx(1.0)
 
 
 def test_a_tuned_grid_beside_the_best_fixed_one(monkeypatch):

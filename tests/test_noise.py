@@ -111,7 +111,7 @@ def test_rows_only_add(seed, ids, offset, row, back):
     assert torch.equal(noise.words(row, 3), expected)
     assert torch.equal(Noise.of(seed, ids).shift(offset).words(row, 3), expected)
     assert torch.equal(Noise.of(seed, ids).shift(row).shift(offset).words(0, 3), expected)
-    if 0 <= offset + back and offset + row + back < 2**63:
+    if offset + back >= 0 and offset + row + back < 2**63:
         assert torch.equal(noise.shift(back).words(row, 3), Noise.of(seed, ids).words(offset + row + back, 3))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,12 +56,12 @@ def run_stack(
     tables: Stack,
     denoise: Callable[[Tensor, Tensor], Tensor],
     x: Float[Tensor, "b d"],
-    noise: Sequence[Tensor] = (),
+    noise: Iterable[Tensor] = (),
 ) -> Float[Tensor, "t b d"]:
     """Where every table takes the states `x`. `denoise(x, t)` of states (T B, D) and times (T B,); row k adds
-    `noise[k]` (B, D), the same for all tables."""
-    count, batch = len(tables.times), len(x)
-    state, history = x.expand(count, *x.shape), []
+    the next of `noise`, (T, B, D) or, the same for all tables, (B, D)."""
+    count, batch, noises = len(tables.times), len(x), iter(noise)
+    state, history, missing = x.expand(count, *x.shape), [], x.new_tensor(math.nan)
     for k in range(tables.keep.shape[1]):
         times = tables.times[:, k].repeat_interleave(batch)
         skip, out, keep, level = (v[:, k, None, None] for v in (*tables[1:4], tables.noise))
@@ -70,8 +71,9 @@ def run_stack(
         for weight, output in zip(tables.mix[:, k].T, history, strict=False):
             if bool(weight.any()):
                 state.addcmul_(weight[:, None, None], output)
+        z = next(noises, missing)
         if bool(level.any()):
-            state.addcmul_(level, noise[k])
+            state.addcmul_(level, z)
     return state
 
 

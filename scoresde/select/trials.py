@@ -19,14 +19,13 @@ from ..schedules import Time
 from ..sde import LinearSDE, like
 from ..tableau import Tableau
 from .candidates import Candidate
+from .coupling import NUMBERS, law_distances
 from .surrogate import Surrogate
 from .tables import Stack, maps, run_stack, stack
 
 FINALISTS = 64  # candidates that are tried a second time, on more noises
 SCREEN = 16  # noises of the first time
-NUMBERS = 2**21  # that are held at a time, about
 HOPELESS = 20.0  # times the least error on the Gaussian: such stochastic solvers are not tried further
-DIRECTIONS = 64  # that distributions are compared along
 QUASI = 21201  # the most dimensions that torch's Sobol sequence has
 REFERENCE = solvers.exponential(5, corrector=6, stored="flow", variable="sigma")
 REFERENCE_STEPS = 200
@@ -232,9 +231,9 @@ def _normals(n: int, count: int, seed: int) -> Tensor:
 def laws_apart(problem: Problem, entries: list[Entry]) -> list[float]:
     """2-Wasserstein distances of the outputs' laws.
 
-    On a Gaussian they are exact. On a mixture: of samples, along random directions, as far as it exceeds that
-    of true samples; below which the exact distance on the Gaussian of the same mean and covariance decides.
-    Those that are among the worse half there, and hopeless, are not run."""
+    On a Gaussian they are exact. On a mixture they are measured on samples; and as chance decides below the
+    standard error, so much at most of the exact distance on the Gaussian of the same mean and covariance is
+    added. Those that are among the worse half there, and hopeless, are not run."""
     if not entries:
         return []
     mean, variances, _ = axes_of(problem.law)
@@ -245,50 +244,15 @@ def laws_apart(problem: Problem, entries: list[Entry]) -> list[float]:
     if isinstance(problem.law, Gaussian):
         return errors.tolist()
     limit = torch.maximum(HOPELESS**2 * gaussian.min(), gaussian.median())
-    hopeful = (gaussian <= limit).nonzero()[:, 0].tolist()
+    share = problem.law.dim / problem.surrogate.dim
 
     def errors_of(listed: list[int], n: int) -> Tensor:
-        chosen = [entries[j] for j in listed]
-        sliced = _sliced(problem, n, max(len(e.table) for e in chosen))
-        found = [sliced.beyond(stack([e.table for e in part])) for part in _parts(chosen, n, problem.law)]
-        share = problem.law.dim / problem.surrogate.dim
-        return (
-            torch.cat(found) * share + gaussian[listed].clamp(max=sliced.floor * share) + outside[listed]
-        ).sqrt()
+        listed_tables = [entries[j].table for j in listed]
+        found = law_distances(problem.sde, problem.law, listed_tables, n, problem.generator())
+        unsure = torch.minimum(gaussian[listed], finite(found.errors * share))
+        return (finite(found.squares).clamp_min(0) * share + unsure + outside[listed]).sqrt()
 
-    errors[hopeful] = errors_of(hopeful, 4 * min(SCREEN, problem.noises))
-    for finalists, samples in ((FINALISTS, 4 * problem.noises), (FINALISTS // 4, 16 * problem.noises)):
-        best = errors.argsort()[:finalists].tolist()
+    for finalists, samples in ((len(entries), 2 * problem.noises), (FINALISTS, 8 * problem.noises)):
+        best = [j for j in errors.argsort()[:finalists].tolist() if gaussian[j] <= limit]
         errors[best] = errors_of(best, samples)
     return errors.tolist()
-
-
-class _Sliced(NamedTuple):
-    """The mean squared sliced 2-Wasserstein distance that n true samples have from the law of x_end, and a
-    function that gives by how much the outputs of each table exceed it, (T,) >= 0."""
-
-    floor: float
-    beyond: Callable[[Stack], Tensor]
-
-
-def _sliced(problem: Problem, n: int, rows: int) -> _Sliced:
-    """For n samples of tables of at most so many rows."""
-    law, generator = problem.law, problem.generator()
-    directions = torch.randn(law.dim, DIRECTIONS, generator=generator, dtype=torch.float64)
-    directions = directions / directions.norm(dim=0)
-    target = law.marginal(problem.sde, problem.last)
-
-    def drawn() -> Tensor:
-        return (target.sample(n, generator=generator).reshape(n, -1) @ directions).sort(0).values
-
-    expected = sum((drawn() for _ in range(15)), drawn()) / 16
-    floor = sum(float((drawn() - expected).square().mean()) for _ in range(8)) / 8
-    normals = _normals(n, law.dim * (rows + 1), problem.seed).view(n, rows + 1, law.dim).transpose(0, 1)
-    model = _flat(problem.model(n), law)
-
-    def beyond(tables: Stack) -> Tensor:
-        found = run_stack(tables, model, normals[0] * problem.sde.prior_std, list(normals[1:]))
-        squares = ((found @ directions).sort(1).values - expected).square().mean((1, 2))
-        return finite((squares - floor).clamp_min(0))
-
-    return _Sliced(floor, beyond)
