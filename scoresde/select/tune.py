@@ -204,8 +204,8 @@ def tune(
     solver     a deterministic TableSolver, or several
     what       "grid": the times, with the solver's own coefficients, which then suit other models of such
                data as well; "coefficients": all weights of the table, on the best of `grids`; "all": the
-               times, then both. With weights the table is the model's own (bespoke), and keeps the law of a
-               point mass whatever the solver did
+               times, then both. With weights the table is the model's own (bespoke): its end keeps the law
+               of a point mass whatever the solver did, its states on the way need not
     seconds    for everything; the model is at least called for references and fixed configurations
     shape      of one sample, without the batch
     start      states (3n, *shape) at t_max to use instead, where runs do not start from the sde's prior

@@ -5,9 +5,14 @@ arXiv:2403.01329),
 
     x_{k+1} = keep_k x_k + sum_{j <= k} weights_kj D_j,        D_j = D(x_j, t_j).
 
-On data concentrated at a point c all outputs are c, and the state stays `alpha_k c + sigma_k eps` iff in
-every row `keep_k = sigma_{k+1}/sigma_k` and `sum_j weights_kj = alpha_{k+1} - keep_k alpha_k`. So a table
-that keeps the law of a point mass is given by its times and its weights below the diagonal.
+On data concentrated at a point c all outputs are c, and the states `A_k c + S_k eps` with
+
+    S_{k+1} = keep_k S_k,        A_{k+1} = keep_k A_k + sum_j weights_kj.
+
+The law of the point is kept iff the first and the last are (alpha, sigma) at the ends of the grid. Between
+them a tuned table may leave the marginals: the model is asked at a time of its own for a state that looks
+like one of another time and scale, as far as that helps. So a table is given by its times, the A_k and S_k
+inside, and its weights below the diagonal.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..grids import Grid
 from ..sde import LinearSDE
@@ -60,13 +66,19 @@ def natural(table: Tableau) -> Form:
 
 
 @torch.no_grad()
-def completed(sde: LinearSDE, times: Tensor, below: Tensor) -> Form:
-    """The tables with these times (M, K + 1) and weights (M, K, K) that keep the law of a point mass: of
-    `below` only what is below the diagonal is read."""
-    alpha, sigma = sde.alpha(times), sde.sigma(times)
-    keep = sigma[:, 1:] / sigma[:, :-1]
+def completed(sde: LinearSDE, times: Tensor, below: Tensor, shift: Tensor, stretch: Tensor) -> Form:
+    """The tables with these times (M, K + 1) and weights (M, K, K), of which only those below the diagonal
+    are read, that keep the law of a point mass by way of
+
+        A_k = alpha_k + shift_k sigma_k,        S_k = sigma_k e^{stretch_k}
+
+    at the nodes inside, (M, K - 1)."""
+    shift, stretch = pad(shift, (1, 1)), pad(stretch, (1, 1))
+    S = sde.sigma(times)
+    A, S = sde.alpha(times) + shift * S, S * stretch.exp()
+    keep = S[:, 1:] / S[:, :-1]
     below = below.tril(-1)
-    newest = alpha[:, 1:] - keep * alpha[:, :-1] - below.sum(2)
+    newest = A[:, 1:] - keep * A[:, :-1] - below.sum(2)
     return Form(times, keep, below + torch.diag_embed(newest))
 
 
@@ -75,8 +87,9 @@ class Space:
     """The tables around a solver on a grid, by parameters (P,) that are 0 for the solver itself.
 
     If `moves`, the first `len(grid)` of them are logarithms of factors on the steps between the grid's nodes,
-    whose ends stay. The others are added to the weights below the diagonal if these are `free`, in units of
-    the largest weight of their row in the solver's table; such tables keep the law of a point mass.
+    whose ends stay. If weights are `free`, the next ones are added to those below the diagonal, in units of
+    the largest weight of their row in the solver's table, and the last ones are the shifts and stretches of
+    the states inside (see `completed`): such tables keep the law of a point mass.
     """
 
     sde: LinearSDE
@@ -88,7 +101,7 @@ class Space:
     def __len__(self) -> int:
         """P."""
         rows = self.solver.calls(len(self.grid))
-        return self.moves * len(self.grid) + self.free * rows * (rows - 1) // 2
+        return self.moves * len(self.grid) + self.free * (rows - 1) * (rows + 4) // 2
 
     @torch.no_grad()
     def forms(self, parameters: Tensor) -> Form:
@@ -101,10 +114,12 @@ class Space:
         if not self.free:
             return form
         below = torch.ones_like(form.weights[0], dtype=torch.bool).tril(-1)
+        inside = len(below) - 1
+        weights, shift, stretch = parameters[:, steps:].split([int(below.sum()), inside, inside], 1)
         change = torch.zeros_like(form.weights)
-        change[:, below] = parameters[:, steps:]
+        change[:, below] = weights
         unit = self._own.weights.abs().amax(2, keepdim=True)
-        return completed(self.sde, form.times, form.weights + unit * change)
+        return completed(self.sde, form.times, form.weights + unit * change, shift, stretch)
 
     def _natural(self, logs: Tensor) -> Form:
         """The solver's own table on a grid moved by `logs`."""

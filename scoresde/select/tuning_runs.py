@@ -54,27 +54,31 @@ class Noises:
     @torch.no_grad()
     def trace(self, form: Form) -> Trace:
         """The whole run."""
-        return self._run(form, 0, Trace([self.start[None]], []))
+        return self._run(form, Trace([self.start[None]], []))
 
     @torch.no_grad()
     def ends(self, form: Form, base: Trace) -> Tensor:
         """(M, n, ...): where the tables end. Rows before a table's first change are not run again, but taken
-        from `base`, the run of table 0."""
+        from `base`, the run of table 0; so is the output of that row itself where its time is the same."""
         first, rows = form.first_change(), form.keep.shape[1]
         found = base.states[-1].repeat(len(first), *[1] * self.start.ndim)
         order = first.argsort(stable=True)[: int((first < rows).sum())]
         for some in order.split(max(1, self.batch // len(self))):
-            found[some] = self._run(form.some(some), int(first[some].min()), base).states[-1]
+            k = int(first[some].min())
+            known = k + bool((form.times[some, k] == form.times[0, k]).all())
+            shared = Trace(base.states[: k + 1], base.outputs[:known])
+            found[some] = self._run(form.some(some), shared).states[-1]
         return found
 
-    def _run(self, form: Form, k: int, base: Trace) -> Trace:
-        """From row k on; before it the run is `base`."""
+    def _run(self, form: Form, base: Trace) -> Trace:
+        """On from where `base` ends, whose last output may be missing."""
         M, ones = len(form.keep), [1] * (self.start.ndim - 1)
         keep, weights = (part.to(self.start.device, self.start.dtype) for part in (form.keep, form.weights))
-        x = base.states[k].expand(M, *self.start.shape)
-        states, outputs = [*base.states[:k], x], base.outputs[:k]
-        for row in range(k, form.keep.shape[1]):
-            outputs = [*outputs, self._denoised(x, form.times[:, row])]
+        x = base.states[-1].expand(M, *self.start.shape)
+        states, outputs = [*base.states[:-1], x], base.outputs
+        for row in range(len(states) - 1, form.keep.shape[1]):
+            if len(outputs) == row:
+                outputs = [*outputs, self._denoised(x, form.times[:, row])]
             x = keep[:, row].view(M, 1, *ones) * x
             for j, output in enumerate(outputs):
                 x = x + weights[:, row, j].view(M, 1, *ones) * output
