@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 Time = float | Tensor
 
@@ -196,8 +197,8 @@ class Sigmoid:
         (first, last), (signal_end, noise_end) = self._w, self._end
         w = first + unit_interval(t) * (last - first)
         # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)) does not cancel
-        noise = -torch.expm1(-t * (last - first)) * w.sigmoid() * _logistic(-first)
-        signal = -torch.expm1((t - 1) * (last - first)) * _logistic(last) * (-w).sigmoid()
+        noise = -torch.expm1(-t * (last - first)) * sigmoid(w) * _logistic(-first)
+        signal = -torch.expm1((t - 1) * (last - first)) * _logistic(last) * sigmoid(-w)
         return signal_end + noise_end * signal / self._width, noise_end * noise / self._width
 
     def B(self, t: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class Sigmoid:
     def beta(self, t: Tensor) -> Tensor:
         first, last = self._w
         w = first + t * (last - first)
-        rate = self._end[1] * (last - first) * w.sigmoid() * (-w).sigmoid() / self._width
+        rate = self._end[1] * (last - first) * sigmoid(w) * sigmoid(-w) / self._width
         return rate / self._alpha_bar(t)[0]
 
     def time(self, B: Tensor) -> Tensor:
@@ -316,7 +317,7 @@ class Learned(nn.Module):
     def _terms(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """a, w_k, s_k, and the K sigmoids at t."""
         a, w, s = (p.exp().to(t.device) for p in (self.linear, self.weight, self.slope))
-        return a, w, s, (s * (t.unsqueeze(-1) - self.center.to(t.device))).sigmoid()
+        return a, w, s, sigmoid(s * (t.unsqueeze(-1) - self.center.to(t.device)))
 
     def _curve(self, t: Tensor) -> Tensor:
         a, w, _, bumps = self._terms(t)
@@ -336,14 +337,14 @@ class Learned(nn.Module):
         return high - (high - low) * (self._curve(t) - first) / (last - first)
 
     def B(self, t: Tensor) -> Tensor:
-        return (-self.log_snr(t)).logaddexp(torch.zeros_like(t))
+        return -logsigmoid(self.log_snr(t))
 
     def beta(self, t: Tensor) -> Tensor:
         a, w, s, bumps = self._terms(t)
         rise = a + (bumps * (1 - bumps) * s * w).sum(-1)
         span = self._curve(torch.ones_like(t)) - self._curve(torch.zeros_like(t))
         high, low = self._ends(t)
-        return (-self.log_snr(t)).sigmoid() * (high - low) * rise / span
+        return sigmoid(-self.log_snr(t)) * (high - low) * rise / span
 
     def time(self, B: Tensor) -> Tensor:
         return _increasing_root(lambda t: self.B(t) - B, B)
@@ -367,6 +368,12 @@ def beta_table(betas: Sequence[float] | Tensor) -> Tensor:
 def tabulated_betas(betas: Sequence[float] | Tensor) -> Tabulated:
     """The schedule whose exact N-step discretization is the table: `B(i/N) = -sum_{j<=i} log(1 - beta_j)`."""
     return Tabulated((0.0, *torch.log1p(-beta_table(betas)).neg().cumsum(0).tolist()))
+
+
+def sigmoid(w: Tensor) -> Tensor:
+    """1/(1 + e^-w), a function of w alone: torch's own, and its logaddexp, take the last few numbers of a
+    tensor on the CPU with other instructions than the rest, so that a value depends on its neighbours."""
+    return 1 / (1 + (-w).exp())
 
 
 def _terminal_B(log_snr: float) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .schedules import (
     Linear,
@@ -22,6 +23,7 @@ from .schedules import (
     Time,
     check_numbers,
     holds,
+    sigmoid,
     tabulated_betas,
     unit_interval,
     wide,
@@ -242,8 +244,7 @@ class VPSDE(LinearSDE):
         return -(B + (-torch.expm1(-B)).log())
 
     def time(self, log_snr: Time) -> Tensor:
-        negative = -wide(log_snr)
-        return self.schedule.time(negative.logaddexp(torch.zeros_like(negative)))
+        return self.schedule.time(-logsigmoid(wide(log_snr)))
 
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
         beta = self.beta(t)
@@ -420,7 +421,7 @@ class Rectified(LinearSDE):
         return 2 * (torch.log1p(-t) - t.log())
 
     def time(self, log_snr: Time) -> Tensor:
-        return (-0.5 * wide(log_snr)).sigmoid()
+        return sigmoid(-0.5 * wide(log_snr))
 
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
         t = unit_interval(clock(t))
