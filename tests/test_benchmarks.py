@@ -202,11 +202,12 @@ def test_recommend_judges_stochastic_solvers_by_their_laws(monkeypatch):
     tables = [solvers.ddpm().tableau(SDE, grids.quadratic(SDE, n)) for n in (3, 50)]
     far, near = recommend.true_laws(law, tables, torch.Generator().manual_seed(1)).distances()
     assert far > 5 * near > 0
-    unsure = recommend.Distances(torch.tensor([-1.0, 4.0, math.nan]), torch.tensor([0.3, 0.4, math.nan]))
-    truth = recommend.Truth(unsure, unsure._replace(errors=torch.tensor([0.4, 0.3, math.nan])))
-    assert truth.squares() == [-1.0, 4.0, math.inf]
-    assert truth.distances() == pytest.approx([0.5, 2.0, math.inf])
+    squares, errors = torch.tensor([-1.0, 4.0, 0.2, math.nan]), torch.tensor([0.3, 0.1, 0.5, math.nan])
+    truth = recommend.Truth(recommend.Distances(squares, errors), recommend.Distances(squares, errors))
+    floor = math.sqrt(0.3 / math.sqrt(2))
+    assert truth.distances() == pytest.approx([floor, 2.0, floor, math.inf], rel=1e-6)
     assert truth.ceiling() == pytest.approx(1.0)
+    assert recommend.outcome([1.0, 3.0, 2.0, 4.0], truth.distances()).ratio == 1.0
 
 
 def test_a_tuned_grid_beside_the_best_fixed_one(monkeypatch):
