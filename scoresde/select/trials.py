@@ -231,9 +231,9 @@ def _normals(n: int, count: int, seed: int) -> Tensor:
 def laws_apart(problem: Problem, entries: list[Entry]) -> list[float]:
     """2-Wasserstein distances of the outputs' laws.
 
-    On a Gaussian they are exact. On a mixture they are measured on samples; and as chance decides below the
-    standard error, so much at most of the exact distance on the Gaussian of the same mean and covariance is
-    added. Those that are among the worse half there, and hopeless, are not run."""
+    On a Gaussian they are exact. On a mixture they are measured on samples; below the standard error, where
+    chance decides, the exact distance on the Gaussian of the same mean and covariance does. Those that are
+    among the worse half there, and hopeless, are not run."""
     if not entries:
         return []
     mean, variances, _ = axes_of(problem.law)
@@ -249,8 +249,8 @@ def laws_apart(problem: Problem, entries: list[Entry]) -> list[float]:
     def errors_of(listed: list[int], n: int) -> Tensor:
         listed_tables = [entries[j].table for j in listed]
         found = law_distances(problem.sde, problem.law, listed_tables, n, problem.generator())
-        unsure = torch.minimum(gaussian[listed], finite(found.errors * share))
-        return (finite(found.squares).clamp_min(0) * share + unsure + outside[listed]).sqrt()
+        least = torch.minimum(gaussian[listed], finite(found.errors * share))
+        return (torch.maximum(finite(found.squares * share), least) + outside[listed]).sqrt()
 
     for finalists, samples in ((len(entries), 2 * problem.noises), (FINALISTS, 8 * problem.noises)):
         best = [j for j in errors.argsort()[:finalists].tolist() if gaussian[j] <= limit]
