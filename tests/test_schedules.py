@@ -147,8 +147,8 @@ def test_log_snr_ends_where_stated(schedule: Cosine | Sigmoid | Learned) -> None
 def test_values_do_not_depend_on_what_stands_beside_them(
     unchecked: None, schedule: Schedule, device: torch.device
 ) -> None:
-    """Bit by bit: 259 times together, and three by three. Torch's sigmoid fails this, by a last digit in a
-    hundred."""
+    """Bit by bit: 259 times together, and three by three. Torch's sigmoid fails this, by a last digit in
+    forty."""
     t = torch.rand(259, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
     log_snr = VPSDE(schedule=schedule).log_snr(t).detach()
     functions = [(schedule.B, t), (schedule.beta, t), (VPSDE(schedule=schedule).time, log_snr)]

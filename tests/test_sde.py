@@ -146,6 +146,15 @@ def exact_scales(sde: LinearSDE, t: float) -> tuple[mp.mpf, mp.mpf]:
     return mp.mpf(1), mp.mpf(t) ** 2
 
 
+@pytest.mark.parametrize("sde", [SubVPSDE(), VESDE(), EDM(), Rectified()], ids=repr)
+def test_values_do_not_depend_on_what_stands_beside_them(unchecked: None, sde: LinearSDE) -> None:
+    """As those of schedules, bit by bit."""
+    t = 0.01 + 0.9 * torch.rand(259, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for function, values in ((sde.alpha, t), (sde.sigma, t), (sde.log_snr, t), (sde.time, sde.log_snr(t))):
+        parts = torch.cat([function(part) for part in values.split(3)])
+        assert torch.equal(function(values), parts)
+
+
 @pytest.mark.oracle
 @given(sdes(), shares(2))
 def test_transition_in_high_precision(sde: LinearSDE, pair: list[float]) -> None:

@@ -115,7 +115,7 @@ def test_distances_on_a_gaussian_are_the_exact_ones(monkeypatch, sde, alpha_ledg
     alpha_ledger.spend(24 * 4e-10, "distances of laws on a Gaussian")
 
 
-def test_sharing_the_noise_is_worth_hundreds_of_times_the_samples(monkeypatch):
+def test_sharing_the_noise_is_worth_ten_times_the_samples(monkeypatch):
     """Standard errors of the squares, at 30 steps, with the noise of the fine tables and without."""
     law = Mixture([0.3, 0.7], [[-1.0, 0.5], [0.6, -0.2]], [0.02, 0.1])
     tables = [solvers.er_sde(2).tableau(SDE, grids.quadratic(SDE, 30))]

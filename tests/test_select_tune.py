@@ -173,6 +173,20 @@ def test_only_what_differs_is_run():
     assert some.meter.samples == 30 + 6 * ((1 * 3 + 2 * 2 + 3 * 1 + 4 * 0) + 2 * (4 + 3 + 2 + 1))
 
 
+def test_an_output_at_another_time_is_not_shared():
+    """A row that differs by its time alone."""
+    space = Space(SDE, solvers.unipc(2), grids.quadratic(SDE, 4), False, True)
+    one = space.forms(torch.zeros(1, len(space), dtype=F64))
+    times = one.times.clone()
+    times[0, 2] *= 1.1
+    forms = type(one)(*(torch.cat([a, b]) for a, b in zip(one, one._replace(times=times), strict=True)))
+    some = noises(RING.denoiser(SDE))
+    assert forms.first_change().tolist() == [4, 2]
+    alone = some.trace(forms.some(slice(1, 2))).states[-1][0]
+    assert torch.allclose(some.ends(forms, some.trace(one))[1], alone, rtol=0, atol=1e-13)
+    assert not torch.allclose(some.trace(one).states[-1][0], alone, atol=1e-4)
+
+
 def test_conditions_follow_their_samples(unchecked):
     """A model that returns each sample's own point: every table that keeps point masses is exact, if each
     sample meets its own condition."""

@@ -60,7 +60,7 @@ def recommend(
     candidates  to choose from; by default `pool()`, or `pool(stochastic=True)` for "diversity". Deterministic
                 and stochastic ones may be mixed: each is measured by its own kind of error, and the distance
                 of samples bounds that of laws from above
-    noises      of the second trial; the first is on fewer
+    noises      of the second trial; the first is on fewer. Laws are compared by 8 times as many samples
     seed        of the noises
 
     What it cannot know: errors of the network itself, and structure of the data that the surrogate has not.
