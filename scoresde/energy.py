@@ -198,6 +198,7 @@ def log_ratio(model: BaseDenoiser, x: Tensor, s: Time, t: Time, **cond: Any) -> 
 
     Up to `log Z_t/Z_s`, the same for all x, unless the model is normalised, as exact denoisers are.
     """
+    _check_density(model)
     return _log_prob(model, x, s, **cond) - _log_prob(model, x, t, **cond)
 
 
@@ -222,10 +223,24 @@ def _check_members(models: Sequence[BaseDenoiser], numbers: Sequence[float], nam
             f"{name}={numbers}"
         )
     for model in models:
-        if not (isinstance(model, BaseDenoiser) and hasattr(model, "log_prob")):
-            raise TypeError(
-                f"expected energies, or other denoisers with log_prob, found {type(model).__name__}; wrap "
-                "it as energy.Energy(function, sde)"
-            )
-    if len({repr(model.sde) for model in models}) > 1:
+        _check_density(model)
+    if not all(_alike(models[0].sde, model.sde) for model in models[1:]):
         raise ValueError(f"expected models on one SDE, found {[model.sde for model in models]}")
+
+
+def _check_density(model: object) -> None:
+    if not (isinstance(model, BaseDenoiser) and hasattr(model, "log_prob")):
+        raise TypeError(
+            f"expected energies, or other denoisers with log_prob, found {type(model).__name__}; wrap it as "
+            "energy.Energy(function, sde)"
+        )
+
+
+@torch.no_grad()
+def _alike(one: LinearSDE, other: LinearSDE) -> bool:
+    """Whether two processes have the same marginals."""
+    if one is other:
+        return True
+    t = one.t_max * torch.linspace(0, 1, 65, dtype=torch.float64)[1:]
+    levels = ((one.alpha(t), other.alpha(t)), (one.sigma(t), other.sigma(t)))
+    return one.t_max == other.t_max and all(torch.allclose(a, b, rtol=1e-9, atol=0) for a, b in levels)

@@ -236,11 +236,11 @@ def hybrid(
     F, v = model.halves(mean + std * eps, t, **cond)
     square = (F - model.target(x0, eps, t)).square()
     to_data = unit(model.predicts, sde, t)
-    w, to_noise = weight(sde, t) / to_data, simple(sde, t) / to_data
+    w = weight(sde, t) / to_data
     s = ((t * n).round() - 1) / n
     inner = s > 0
     s = torch.where(inner, s, 0.5 * t)
-    term = step_divergence(sde, s, t, like(to_noise, x0) * square.detach(), v).flatten(1).mean(1)
+    term = step_divergence(sde, s, t, square.detach() / like(to_data, x0), v).flatten(1).mean(1)
     plain = like(w.to(x0.device), x0).flatten() * square.flatten(1).mean(1)
     return plain + (scale * n * torch.where(inner.to(x0.device), term, 0)).to(plain.dtype)
 

@@ -102,13 +102,18 @@ def log_ratio(sde: LinearSDE, s: Time, t: Time) -> Tensor:
 
 def step_divergence(sde: LinearSDE, s: Time, t: Time, square: Tensor, v: Tensor) -> Tensor:
     """KL(q(x_s | x_t, x) || N(mean, Sigma)) of every element, nats, of the shape of `square`, the squared
-    error of the predicted noise, and of v; float64, since r is near 1 where steps are short.
+    error of the predicted data, and of v; float64, since r is near 1 where steps are short.
 
-        w r square + (r - 1 - log r)/2,   w = (SNR_s/SNR_t - 1)/2,   r = beta-tilde/Sigma
+        w r square + (r - 1 - log r)/2,   w = (SNR_s - SNR_t)/2,   r = beta-tilde/Sigma
 
-    log r = -v log(beta/beta-tilde). The mean is that of q with the predicted noise.
+    log r = -v log(beta/beta-tilde). The mean is that of q with the predicted data.
     """
     v = v.double()
     gap = v * like(log_ratio(sde, s, t), v)
-    w = 0.5 * torch.expm1(sde.log_snr(s) - sde.log_snr(t))
-    return like(w, v) * (-gap).exp() * square + 0.5 * (torch.expm1(-gap) + gap)
+    return like(half_gain(sde, s, t), v) * (-gap).exp() * square + 0.5 * (torch.expm1(-gap) + gap)
+
+
+def half_gain(sde: LinearSDE, s: Time, t: Time) -> Tensor:
+    """(SNR_s - SNR_t)/2, float64, to rounding for short steps; t may be without signal."""
+    high, low = sde.log_snr(s), sde.log_snr(t)
+    return -0.5 * high.exp() * torch.expm1(low - high)

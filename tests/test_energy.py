@@ -17,6 +17,7 @@ from scoresde import (
     Rectified,
     checkpoint,
     energy,
+    guidance,
     losses,
     networks,
     noise,
@@ -295,10 +296,22 @@ def test_errors(unchecked) -> None:
         energy.product([of(LAW)], [math.inf])
     with pytest.raises(ValueError, match="weights > 0"):
         energy.mixture([of(LAW), of(LAW)], [1.0, 0.0])
-    with pytest.raises(TypeError, match="denoisers with log_prob, found Denoiser"):
-        energy.mixture([Denoiser(networks.MLP(2), VP)])
-    with pytest.raises(ValueError, match="on one SDE"):
-        energy.product([of(LAW), of(LAW, EDM())])
+    # What a classifier says is no density of the model that it guides.
+    guided = guidance.classifier(LAW.denoiser(VP), lambda x, t: -x.square().sum(1))
+    for model in (Denoiser(networks.MLP(2), VP), guided):
+        with pytest.raises(TypeError, match=f"denoisers with log_prob, found {type(model).__name__}"):
+            energy.mixture([model])
+        with pytest.raises(TypeError, match=f"denoisers with log_prob, found {type(model).__name__}"):
+            energy.log_ratio(model, x, 0.1, 0.9)
+        with pytest.raises(TypeError, match=f"log_prob.*{type(model).__name__} does not have"):
+            solvers.mala(model, x, 0.1, step=0.1, steps=1, noise=noise.Noise.of(0, batch=5, dtype=F64))
+    table = torch.linspace(1e-4, 0.02, 1000, dtype=F64)
+    alike = VPSDE.from_betas(table), VPSDE.from_betas(2 * table), VPSDE.from_betas(table.clone())
+    assert len(set(map(repr, alike))) == 1  # tables are too long to be printed
+    for one, other in ((VP, EDM()), alike[:2], (VESDE(), VESDE(sigma_max=40.0))):
+        with pytest.raises(ValueError, match="on one SDE"):
+            energy.product([of(LAW, one), of(LAW, other)])
+    energy.product([of(LAW, alike[0]), of(LAW, alike[2])])
     with pytest.raises(ValueError, match="determined"):
         of(LAW, Rectified())(x, 1.0)
     with pytest.raises(NotImplementedError):

@@ -683,6 +683,21 @@ def test_no_signal_no_guidance() -> None:
     assert torch.equal(late.rows(f64(1.0, 0.5), x).evaluate(x, 0), PRIOR.denoiser(sde)(x, 1.0))
 
 
+def test_a_scale_that_is_one_number() -> None:
+    """A function may return a number, or one time's number for all of a grid's."""
+    x, sde = f64(0.3, -1.0)[:, None], VP
+    for scale in (lambda sde, t: 2.0, lambda sde, t: torch.tensor(2.0)):
+        for make in (
+            lambda s: guided(s),
+            lambda s: guidance.classifier_free(POSTERIOR.denoiser(sde).given(), s, null={"y": 0}).given(y=1),
+        ):
+            model, wanted = make(scale), make(2.0)
+            rows, known = (m.rows(f64(1.0, 0.5), x) for m in (model, wanted))
+            for k in range(2):
+                assert torch.equal(rows.evaluate(x, k), known.evaluate(x, k))
+            assert torch.equal(model(x, f64(0.3, 0.6)), wanted(x, f64(0.3, 0.6)))
+
+
 def test_errors(device, unchecked) -> None:
     model, classifier, label = networks_of(torch.float32, device)
     x = draw(device, torch.float32, 4, 3)

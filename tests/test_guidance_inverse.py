@@ -42,6 +42,27 @@ def states(sde, n: int = 5, shape: tuple[int, ...] = (3,)) -> tuple[Tensor, Tens
 # ---- exact methods
 
 
+@pytest.mark.parametrize("method", [guidance.linear_inverse, guidance.pigdm, guidance.dps])
+def test_without_signal_nothing_is_guided(method, unchecked) -> None:
+    """Where a scale that is a function of noise level is 0, alpha may be."""
+    plain = LAW.denoiser(Rectified())
+    model = method(plain, A, Y, R, scale=guidance.interval(0.1, -5.0, 9.0))
+    x, t = states(Rectified())[0], torch.tensor([1.0, 0.99, 0.5, 1.0, 0.2], dtype=F64)
+    found, rest = model(x, t), plain(x, t)
+    assert torch.equal(found[[0, 1, 3]], rest[[0, 1, 3]])
+    assert bool((found[[2, 4]] != rest[[2, 4]]).all()) and bool(found.isfinite().all())
+    assert bool(sample(model, (4, 3), solvers.ddim(), steps=5, dtype=F64).x.isfinite().all())
+
+
+def test_what_y_holds_elsewhere_does_not_matter(unchecked) -> None:
+    x, t = states(VP, 5, (2,))
+    known = guidance.inpaint(PAIR.denoiser(VP), MASK, f64(0.7, 0.0)[None])
+    for mask in (MASK, MASK.bool(), MASK.to(torch.uint8)):
+        for nothing in (99.0, math.nan, -math.inf):
+            model = guidance.inpaint(PAIR.denoiser(VP), mask, f64(0.7, nothing)[None])
+            assert torch.equal(model(x, t), known(x, t))
+
+
 @pytest.mark.parametrize("sde", SDES, ids=repr)
 def test_moment_matching_is_exact_on_gaussians(sde) -> None:
     """In every view, for a matrix and for the same as a function, with noise and (almost) without."""
@@ -384,5 +405,8 @@ def test_errors(unchecked) -> None:
         guidance.inpaint(plain, f64(1.0, 1.0, 0.0), f64(0.0, 0.0, 0.0))(x, t)
     with pytest.raises(ValueError, match=r"determined, found t=1\.0"):
         guidance.linear_inverse(LAW.denoiser(Rectified()), A, Y, R)(x, 1.0)
+    for mask in (torch.tensor([255, 0, 255], dtype=torch.uint8), f64(0.5, 0.0, 1.0), f64(math.nan, 0.0, 1.0)):
+        with pytest.raises(ValueError, match="mask: expected zeros and ones only, found"):
+            guidance.inpaint(plain, mask, torch.zeros(1, 3))
     with pytest.raises(TypeError, match="expected a denoiser to guide"):
         guidance.dps(lambda x, t: x, A, Y, R)

@@ -523,6 +523,8 @@ def test_empty_batch_and_images():
         ({"divergence": Orthogonal(3)}, "at most 2 orthogonal"),
         ({"divergence": HutchPP(3, 1)}, "rank <= 2"),
         ({"grid": grids.uniform(VPSDE(), 5), "end": 0.5}, "give one of the two"),
+        ({"grid": grids.karras}, "expected a Grid such as"),
+        ({"grid": torch.linspace(0.2, 1e-3, 20).double()}, "starts at t_max = 1"),
     ],
 )
 def test_bad_arguments(options, message, unchecked):
@@ -544,6 +546,15 @@ def test_numbers_of_probes(make, unchecked):
     for count in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="expected a whole number of"):
             make(count)
+
+
+def test_all_directions_leave_no_error():
+    """One orthogonal probe in one dimension is the derivative, and so are two in two."""
+    for dim in (1, 2):
+        law, x = laws.Gaussian(torch.zeros(dim), 0.3), 0.5 * torch.ones(2, dim).double()
+        found = log_prob(law.denoiser(VPSDE()), x, divergence=Orthogonal(dim))
+        assert torch.equal(found.standard_error, torch.zeros(2).double())
+        assert torch.allclose(found.value, log_prob(law.denoiser(VPSDE()), x).value, rtol=0, atol=1e-9)
 
 
 def test_a_denoiser_that_changes_the_shape():
@@ -573,6 +584,10 @@ def test_dequantization():
     for step in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="spacing"):
             likelihood.bits_per_dim(density, 6, step)
+        with pytest.raises(ValueError, match="spacing"):
+            dequantize(x, step)
+    with pytest.raises(TypeError, match=r"found torch.uint8, which cannot hold what is added"):
+        dequantize(x.to(torch.uint8), 1.0)
 
 
 def test_bits_of_the_result():

@@ -198,9 +198,7 @@ def test_bound_is_below_log_p(sde, unchecked):
     errors = torch.stack([noise_error(model, points, noises, t) @ weights for t in sde.time(lam)])
     continuous = float(0.5 * errors @ weight)
     nodes = grids.uniform(sde, 12, end).t
-    steps = [
-        step_term(model, points, noises, s, t) @ weights for t, s in itertools.pairwise(nodes[nodes <= first])
-    ]
+    steps = [step_term(model, points, noises, s, t) @ weights for t, s in itertools.pairwise(nodes)]
     alpha, sigma = sde.alpha(end), sde.sigma(end)
     denoised = model(alpha * points + sigma * noises, end)
     truth = float(mass @ BIMODAL.log_prob(x))
@@ -210,6 +208,34 @@ def test_bound_is_below_log_p(sde, unchecked):
         rest = float(prior_term(sde, x) @ mass) + L_0
         assert -(rest + float(sum(steps))) < -(rest + continuous) < truth
         assert -(rest + 0.9 * continuous) > truth or width == 0.2
+
+
+def test_a_process_that_ends_without_signal(alpha_ledger, unchecked):
+    """Draws cannot be uniform in a log-SNR without end; uniform in t, and on grids from t_max on, all is
+    finite and below log p on average, at 1e-9; not with the diffusion's term halved."""
+    sde, n = Rectified(), 4000
+    model, x = BIMODAL.denoiser(sde), BIMODAL.sample(n, generator=torch.Generator().manual_seed(3))
+    truth = BIMODAL.log_prob(x)
+    with pytest.raises(ValueError, match=r"finite log-SNR .*along"):
+        elbo(model, x, GaussianDecoder())
+    for found in (
+        elbo(model, x, GaussianDecoder(), end=0.05, proposal=along(sde)),
+        elbo(model, x, GaussianDecoder(), grid=grids.uniform(sde, 30, 0.05)),
+    ):
+        assert bool(found.steps.isfinite().all())
+        limit = -stats.norm.ppf(alpha_ledger.spend(1e-9, "bound without signal at t_max"))
+        z = lambda excess: float(excess.mean() / excess.std()) * math.sqrt(n)  # noqa: E731
+        assert z(found.value - truth) < limit < z(found.value - truth + 0.5 * found.diffusion)
+
+
+def test_the_first_step_of_a_process_that_ends_without_signal():
+    """KL of the two Gaussians, from a state that is noise alone."""
+    sde, s, t = Rectified(), torch.tensor(0.6).double(), torch.tensor(1.0).double()
+    x, eps = torch.tensor([[0.4, -1.2]]).double(), torch.tensor([[0.3, 0.8]]).double()
+    D = LAW.denoiser(sde)(eps, t)
+    (mean_q, std), (mean_p, _) = sde.bridge(x, eps, s, t), sde.bridge(D, eps, s, t)
+    known = 0.5 * ((mean_q - mean_p) / std).square().sum()
+    assert torch.allclose(step_term(LAW.denoiser(sde), x, eps, s, t), known, rtol=1e-12)
 
 
 def bounds_of(law: laws.Law, n: int, **options) -> tuple[Tensor, Tensor]:
@@ -460,10 +486,14 @@ def test_a_sample_is_a_function_of_its_id():
         ({"draws": True}, "number of draws"),
         ({"end": 0.0}, "expected an end with noise"),
         ({"grid": grids.uniform(VP, 5, 0.0)}, "expected an end with noise"),
+        ({"grid": grids.uniform(VP, 5).t[1:]}, "starts at t_max = 1"),
+        ({"grid": grids.log_snr}, "expected a Grid such as"),
+        ({"decoder": lambda: GaussianDecoder(-0.1)}, "expected a standard deviation std > 0"),
+        ({"decoder": lambda: DiscreteDecoder(0.1, -1, 1, std=0.0)}, "expected a standard deviation std > 0"),
         ({"ids": [3]}, "expected 2 ids"),
     ],
 )
 def test_bad_arguments(options, message, unchecked):
-    options = {"x": torch.ones(2, 1), **options}
+    options = {"x": torch.ones(2, 1), "decoder": GaussianDecoder, **options}
     with pytest.raises((ValueError, TypeError), match=message):
-        elbo(LAW.denoiser(VP), decoder=GaussianDecoder(), **options)
+        elbo(LAW.denoiser(VP), **{**options, "decoder": options["decoder"]()})

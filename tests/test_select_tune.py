@@ -296,9 +296,8 @@ def test_a_fit_gains_and_keeps_its_best(unchecked):
     best = Best(space.table(zero), fit._judged(space, zero))
     untuned = best.errors
     told = []
-    kept, enough = Fit(fit.train, fit.judge, fit.flip, fit.until, lambda b: told.append(b.errors))(
-        space, best
-    )
+    watched = Fit(fit.train, fit.judge, fit.flip, fit.until, lambda b: told.append(b.errors))
+    kept, enough = watched(space, best, zero)
     assert enough and len(told) == len(best.history) > 3
     assert best.errors.rms < untuned.rms / 5
     assert fit._judged(space, kept) == best.errors

@@ -17,6 +17,7 @@ from scoresde import (
     VPSDE,
     Denoiser,
     LearnedVariance,
+    Rectified,
     checkpoint,
     grids,
     guidance,
@@ -112,8 +113,18 @@ def test_the_divergence_is_that_of_two_gaussians() -> None:
     var_p = beta**v * var_q ** (1 - v)
     mean_q, mean_p = VP.bridge(x, x_t, s, t)[0], VP.bridge(D, x_t, s, t)[0]
     known = 0.5 * ((mean_q - mean_p).square() / var_p + var_q / var_p - 1 - (var_q / var_p).log())
-    square = (eps - (x_t - VP.alpha(t) * D) / VP.sigma(t)).square()
-    torch.testing.assert_close(step_divergence(VP, s, t, square, v), known, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(step_divergence(VP, s, t, (x - D).square(), v), known, rtol=1e-11, atol=1e-13)
+
+
+def test_a_step_from_noise_without_signal() -> None:
+    """The KL of two Gaussians again; SNR_t = 0 and a finite SNR_s."""
+    sde, s, t, v = Rectified(), 0.6, 1.0, torch.tensor([[0.2, 0.9]], dtype=F64)
+    x, D = torch.tensor([[0.4, -1.2]], dtype=F64), torch.tensor([[0.1, -1.0]], dtype=F64)
+    var_q = posterior_variance(sde, wide(s), wide(t))
+    var_p = likelihood.transition_variance(sde, wide(s), wide(t)) ** v * var_q ** (1 - v)
+    gap = sde.bridge(x, x, s, t)[0] - sde.bridge(D, x, s, t)[0]
+    known = 0.5 * (gap.square() / var_p + var_q / var_p - 1 - (var_q / var_p).log())
+    torch.testing.assert_close(step_divergence(sde, s, t, (x - D).square(), v), known, rtol=1e-12, atol=0)
 
 
 def test_short_steps_keep_their_divergence_in_float32() -> None:

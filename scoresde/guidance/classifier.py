@@ -71,7 +71,8 @@ class Classified(Guided):
         super().__init__(model)
         if not callable(log_prob):
             raise TypeError(f"log_prob: expected a function of (x, t), found {type(log_prob).__name__}")
-        self.log_prob, self.scale = log_prob, checked_scale(scale)
+        # Not `log_prob`, by which a model gives its own density.
+        self.log_likelihood, self.scale = log_prob, checked_scale(scale)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"
@@ -79,7 +80,7 @@ class Classified(Guided):
     def _pull(self, x: Tensor, t: Tensor) -> Tensor:
         """grad log_prob at x, for t of shape () or (B,) on the device of x."""
         clock = t.expand(len(x))
-        return gradient(lambda x: self.log_prob(x, clock), x)[1]
+        return gradient(lambda x: self.log_likelihood(x, clock), x)[1]
 
     def forward(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         return self.as_view(DATA, x, t, **cond)
@@ -114,7 +115,7 @@ class Classified(Guided):
         return Rows(evaluate, plain.a, plain.b)
 
     def narrowed(self, rows: Tensor | slice, batch: int) -> BaseDenoiser:
-        log_prob = some_rows(self.log_prob, rows, batch)
+        log_prob = some_rows(self.log_likelihood, rows, batch)
         return Classified(self.model.narrowed(rows, batch), log_prob, self.scale)
 
 
@@ -137,12 +138,13 @@ class Classifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
-        return next(self.parameters()).device
+        """Where the parameters live; the CPU if there are none."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def forward(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, "b k"]:
         """log p(y = k | x_t = x), in the wider of the dtype of x and float32."""
-        t, dtype = wide(t), next(self.parameters()).dtype
+        t = wide(t)
+        dtype = next((p.dtype for p in self.parameters()), x.dtype)
         label = TIME_INPUTS[self.time_input](self.sde, t)
         time = label.to(x.device, torch.promote_types(dtype, torch.float32)).expand(len(x))
         size = like(torch.hypot(self.sde.alpha(t), self.sde.sigma(t)), x)

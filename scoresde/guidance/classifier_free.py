@@ -69,7 +69,10 @@ class ClassifierFree(Guided):
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale: expected a number from 0 to 1, found {rescale}")
         self.scale, self.rescale, self.doubled = checked_scale(scale), rescale, doubled
-        self.null = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in null.items()}
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be kept for backward
+            self.null = {
+                k: v.clone().to(model.device) if isinstance(v, Tensor) else v for k, v in null.items()
+            }
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, null={self.null}, rescale={self.rescale}, doubled={self.doubled}"

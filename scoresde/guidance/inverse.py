@@ -127,7 +127,8 @@ class Matched:
     iterations: int
 
     def __call__(self, m: Measured) -> Tensor:
-        ratio = like(m.sde.sigma(m.t) ** 2 / m.sde.alpha(m.t), m.error)
+        alpha, sigma = m.sde.alpha(m.t), m.sde.sigma(m.t)
+        ratio = like(torch.where(alpha > 0, sigma**2 / alpha, 0), m.error)  # at alpha = 0 nothing is guided
         return conjugate_residuals(
             lambda v: self.noise_var * v + ratio * m.A(m.pull(v)), m.error, self.iterations
         )
@@ -267,7 +268,7 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
 def inpaint(model: BaseDenoiser, mask: Tensor, y: Tensor, noise_var: float = 0.0) -> Replaced:
     """The denoiser given the elements of the data under `mask`: there it returns what is known, elsewhere D.
 
-    mask       True (or 1) where y is known, broadcast against y
+    mask       True (or 1) where y is known, else False (or 0); broadcast against y
     y          (1, ...) or (B, ...) like the state; what it holds elsewhere does not matter
     noise_var  variance of the noise of y: its elements are taken for N(y, noise_var), whatever the model
                expects there
@@ -281,8 +282,12 @@ def inpaint(model: BaseDenoiser, mask: Tensor, y: Tensor, noise_var: float = 0.0
     mean 0.351 and variance 0.674 in place of 0.792 and 0.366, by 100 ancestral steps 0.485 and 0.501.
     `linear_inverse` with `A = lambda x: x * mask`, at the price of gradients, has no such bias.
     """
-    y, mask = torch.broadcast_tensors(y, mask.to(y.device, y.dtype))
-    return Replaced(model, Masked(mask), y * mask, _variance(noise_var))
+    known = mask.to(y.device) != 0
+    if bool((known & (mask.to(y.device) != 1)).any()):
+        low, high = mask.aminmax()
+        raise ValueError(f"mask: expected zeros and ones only, found {low.item()} to {high.item()}")
+    y, known = torch.broadcast_tensors(y, known)
+    return Replaced(model, Masked(known.to(y.dtype)), torch.where(known, y, 0), _variance(noise_var))
 
 
 def colorize(model: BaseDenoiser, grey: Tensor, noise_var: float = 0.0) -> Replaced:

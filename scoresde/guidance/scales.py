@@ -32,7 +32,7 @@ def checked_scale(scale: Scale, name: str = "scale") -> Scale:
 
 def at(scale: Scale, sde: LinearSDE, t: Tensor) -> Tensor:
     """The scale at the float64 times t, float64 of the same shape."""
-    return wide(scale(sde, t)).to(t.device) if callable(scale) else torch.full_like(t, scale)
+    return wide(scale(sde, t)).to(t.device).expand(t.shape) if callable(scale) else torch.full_like(t, scale)
 
 
 @dataclass(frozen=True)

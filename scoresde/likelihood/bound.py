@@ -28,12 +28,11 @@ from torch import Tensor
 from ..denoiser import DATA, NOISE, BaseDenoiser
 from ..grids import Grid
 from ..noise import Noise
-from ..sampling import make_grid
 from ..schedules import Time, wide
 from ..sde import LinearSDE, like
 from ..solvers.base import evaluating
-from ..variance import step_divergence, with_variance
-from .density import bits_per_dim
+from ..variance import half_gain, step_divergence, with_variance
+from .density import bits_per_dim, nodes_from_t_max
 
 ELBO_ROWS = 2**61  # of the noise: no sampler reaches them
 DECODER_DRAWS = 4
@@ -70,6 +69,9 @@ class GaussianDecoder:
 
     std: float | None = None
 
+    def __post_init__(self) -> None:
+        _check_width(self.std)
+
     def __call__(self, x: Tensor, mean: Tensor, ratio: Tensor) -> Float[Tensor, " b"]:
         std = _width(self.std, ratio)
         squares = ((x - mean) / std).square().flatten(1).sum(1)
@@ -92,6 +94,7 @@ class DiscreteDecoder:
     def __post_init__(self) -> None:
         if not (0 < self.step < math.inf and -math.inf < self.low < self.high < math.inf):
             raise ValueError(f"expected step > 0 and low < high, finite; found {self}")
+        _check_width(self.std)
 
     def __call__(self, x: Tensor, mean: Tensor, ratio: Tensor) -> Float[Tensor, " b"]:
         std, half = _width(self.std, ratio), self.step / 2
@@ -109,6 +112,11 @@ def log_normal_mass(a: Tensor, b: Tensor) -> Tensor:
     return top + torch.where(gap > -math.log(2), (-torch.expm1(gap)).log(), torch.log1p(-gap.exp()))
 
 
+def _check_width(std: float | None) -> None:
+    if std is not None and not 0 < std < math.inf:
+        raise ValueError(f"expected a standard deviation std > 0, or None for sigma/alpha, found {std}")
+
+
 def _width(std: float | None, ratio: Tensor) -> Tensor:
     return ratio if std is None else ratio.new_tensor(std)
 
@@ -117,8 +125,13 @@ def _width(std: float | None, ratio: Tensor) -> Tensor:
 
 
 def by_log_snr(sde: LinearSDE, u: Tensor, end: float) -> tuple[Tensor, Tensor]:
-    """log SNR uniform between the end (u = 0) and t_max."""
+    """log SNR uniform between the end (u = 0) and t_max. Raises ValueError where it is infinite."""
     high, low = sde.log_snr(_ends(sde, end, u)).unbind()
+    if not bool((high - low).isfinite()):
+        raise ValueError(
+            f"expected a finite log-SNR to spread draws over, found {low.item():.4g} at t_max of {sde}; give "
+            "proposal=likelihood.along(sde), whose t is uniform, or a grid"
+        )
     return sde.time(high + u * (low - high)), (high - low).expand_as(u)
 
 
@@ -178,16 +191,15 @@ def step_term(
     """KL(q(x_s | x_t, x) || p(x_s | x_t)) at x_t = alpha x + sigma eps, s < t, p having the mean of q with
     the model's D(x_t) in place of x.
 
-        w |eps - E[eps | x_t]|^2 r + (D/2) (r - 1 - log r),
-        w = expm1(log SNR_s - log SNR_t)/2,   r = posterior_variance/variance
+        w |x - D|^2 r + (D/2) (r - 1 - log r),   w = (SNR_s - SNR_t)/2,   r = posterior_variance/variance
     """
     sde, s, t = model.sde, wide(s), wide(t)
     r = posterior_variance(sde, s, t) / variance(sde, s, t)
-    w = 0.5 * torch.expm1(sde.log_snr(s) - sde.log_snr(t))
-    at = x.double()
+    x = x.double()
+    mean, std = sde.marginal(x, t)
+    error = (x - model.as_view(DATA, mean + std * eps.double(), t, **cond)).square().flatten(1).sum(1)
     spread = 0.5 * math.prod(x.shape[1:]) * (r - 1 - r.log())
-    error = noise_error(model, x, eps, t, **cond)
-    return like(w * r, at).flatten() * error + like(spread, at).flatten()
+    return like(half_gain(sde, s, t) * r, x).flatten() * error + like(spread, x).flatten()
 
 
 def learned_step_term(
@@ -200,8 +212,7 @@ def learned_step_term(
     x, eps = x.double(), eps.double()
     mean, std = model.sde.marginal(x, t)
     D, v = inner.data_and_share(mean + std * eps, t, **{**given, **cond})
-    ratio = like(model.sde.alpha(t) / model.sde.sigma(t), x)  # alpha (x - D) = sigma (noise - eps)
-    return step_divergence(model.sde, s, t, (ratio * (x - D)).square(), v).flatten(1).sum(1)
+    return step_divergence(model.sde, s, t, (x - D).square(), v).flatten(1).sum(1)
 
 
 def noise_error(
@@ -280,7 +291,8 @@ def elbo(
     seed, ids         sample i is a function of (seed, ids[i]) only; ids default to 0..B-1
     condition         passed on to the model as keywords
 
-    The decoder's term is the mean of 4 draws of x_end. Raises ValueError for an end without noise.
+    The decoder's term is the mean of 4 draws of x_end. Raises TypeError or ValueError for arguments that do
+    not fit: a grid that does not start at t_max, an end without noise.
     """
     started, sde = time.perf_counter(), model.sde
     if not x.is_floating_point() or x.ndim < 2 or math.prod(x.shape[1:]) == 0:
@@ -291,11 +303,8 @@ def elbo(
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"expected a whole number of draws >= 1, found {draws!r}")
     with torch.no_grad(), evaluating(model):
-        whole = torch.tensor([sde.t_max, sde.default_end if end is None else end], dtype=torch.float64)
-        nodes = make_grid(sde, whole if grid is None else grid, 1, end).t
+        nodes = nodes_from_t_max(sde, grid, end)
         last = float(nodes[-1])
-        if not float(sde.sigma(last)) > 0:
-            raise ValueError(f"expected an end with noise, found end = {last}; take a later one")
         noise = Noise.of(seed, ids, batch=len(x), device=x.device, dtype=torch.float64, offset=ELBO_ROWS)
         x, cond = x.detach().double(), dict(condition or {})
         decoded = [_decode(model, x, noise(k, x.shape), last, decoder, cond) for k in range(DECODER_DRAWS)]

@@ -78,9 +78,13 @@ class LogProb:
 def bits_per_dim(nats: Float[Tensor, " b"], dim: int, step: float = 1.0) -> Float[Tensor, " b"]:
     """`-(nats/dim + log step)/log 2` of log-densities on a lattice of spacing `step`; step = 1 for
     log-probabilities. Raises ValueError for a spacing that is not positive."""
+    return -(nats / dim + math.log(_spacing(step))) / math.log(2)
+
+
+def _spacing(step: float) -> float:
     if not 0 < step < math.inf:
         raise ValueError(f"expected a lattice spacing step > 0, found {step}")
-    return -(nats / dim + math.log(step)) / math.log(2)
+    return step
 
 
 def dequantize(
@@ -89,12 +93,17 @@ def dequantize(
     """`x + step (w - 1/2)` in the dtype of x, w uniform on (0, 1), a function of (seed, ids[i]) for sample i.
 
     For x on a lattice of spacing `step`, `E log p(x + step (w - 1/2)) + D log step <= log P(x)`, P(x) being
-    the mass of p in the cell around x (Theis et al. 2016, arXiv:1511.01844, section 3.1).
+    the mass of p in the cell around x (Theis et al. 2016, arXiv:1511.01844, section 3.1). Raises TypeError
+    for x that is not floating, ValueError for a spacing that is not positive.
     """
+    if not x.is_floating_point():
+        raise TypeError(
+            f"expected floating x, found {x.dtype}, which cannot hold what is added; use x.float()"
+        )
     count = math.prod(x.shape[1:])
     noise = Noise.of(seed, ids, batch=len(x), device=x.device, dtype=torch.float64)
     w = ((noise.words(DEQUANTIZATION_ROW, count) >> 12).double() + 0.5) * 2.0**-52 + 0.5
-    return (x.double() + step * (w.reshape(x.shape) - 0.5)).to(x.dtype)
+    return (x.double() + _spacing(step) * (w.reshape(x.shape) - 0.5)).to(x.dtype)
 
 
 def log_prob(
@@ -151,16 +160,33 @@ def log_prob(
     rounding = 8 * torch.finfo(model.dtype).eps  # of the network, which no step can avoid
     control = replace(control, rtol=max(tolerance, rounding), atol=max(tolerance, rounding))
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-        ends = torch.tensor([sde.t_max, sde.default_end if end is None else end], dtype=torch.float64)
-        times = make_grid(sde, ends if grid is None else grid, 1, end).t
-        if not float(sde.sigma(times[-1])) > 0:
-            raise ValueError(f"expected an end with noise, found end = {times[-1].item()}; take a later one")
+        times = nodes_from_t_max(sde, grid, end)
         divergence = divergence or (Exact() if math.prod(x.shape[1:]) <= EXACT_UP_TO else Hutchinson())
         noise = Noise.of(seed, ids, batch=len(x), device=x.device, dtype=torch.float64, offset=PROBE_ROWS)
         probes = divergence.probes(noise, math.prod(x.shape[1:]))
         given = model.given(**_savable(condition or {}))
         field = Field(given, divergence, tuple(x.shape[1:]), probes)
         return _log_prob(field, x.detach().clone(), times, control if grid is None else None, order, started)
+
+
+def nodes_from_t_max(sde: LinearSDE, grid: Grid | Tensor | None, end: float | None) -> Tensor:
+    """The times of a grid, or t_max and the end alone. Raises TypeError and ValueError for a grid that starts
+    elsewhere and for an end without noise."""
+    if not isinstance(grid, Grid | Tensor | None):
+        raise TypeError(
+            "expected a Grid such as grids.log_snr(sde, 100), or a tensor of decreasing times as grid, "
+            f"found {grid!r}"
+        )
+    ends = torch.tensor([sde.t_max, sde.default_end if end is None else end], dtype=torch.float64)
+    times = make_grid(sde, ends if grid is None else grid, 1, end).t
+    if not math.isclose(float(times[0]), sde.t_max, rel_tol=1e-9):
+        raise ValueError(
+            f"expected a grid that starts at t_max = {sde.t_max}, where the prior is the law, found one that "
+            f"starts at {times[0].item()}"
+        )
+    if not float(sde.sigma(times[-1])) > 0:
+        raise ValueError(f"expected an end with noise, found end = {times[-1].item()}; take a later one")
+    return times
 
 
 def _savable(cond: Mapping[str, Any]) -> dict[str, Any]:

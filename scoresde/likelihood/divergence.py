@@ -128,7 +128,8 @@ class Orthogonal(Probing):
 
     def standard_error(self, values: Float[Tensor, "b r"], dim: int) -> Float[Tensor, " b"]:
         # Over all D directions the traceless part sums to 0, so two of them have covariance -var/(D - 1).
-        return _standard_error(values) * math.sqrt(1 - values.shape[1] / dim)
+        left = 1 - values.shape[1] / dim
+        return _standard_error(values) * math.sqrt(left) if left else torch.zeros_like(values[:, 0])
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ STAGES = {
 USUAL_FIRST = {name: GRIDS[name] for name in ("quadratic", "karras(rho=7)")} | GRIDS
 SCREENED, SHORTLIST = 64, 16  # noises that every configuration runs on; those that run on all of them
 SCREENING = 0.3  # of the time
-EARLY = 0.25  # share of the time for a stage that another one follows
+SCOUTING = 0.6  # of the time that is left then: fits from all starts, on a share of the noises that has at
+SHARE, NUMBERS = 0.25, 8  # least so many numbers for each parameter
+EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
 
@@ -196,9 +198,9 @@ def tune(
     The error is the distance to the probability-flow solution from the same noise. Three sets of n noises
     (samples 0..3n-1 of the seed) are taken to their ends with `reference` steps of the solver that is
     `compare`'s reference. All solvers run on all grids; from the `starts` best ones the table is fitted on
-    the first set, by Levenberg-Marquardt from evaluations of the model alone (see `tuning_fit`); of all
-    tables on the way the one that is best on the second set is kept, and reported on the third beside the
-    best fixed one. Where no table is better there, or it sends significantly more samples to other ends, the
+    some of the first set, and from the best end of these on all of it, by Levenberg-Marquardt from
+    evaluations of the model alone (see `tuning_fit`); of all tables on the way the one that is best on the
+    second set is kept, and reported on the third beside the best fixed one. Where no table is better there, or it sends significantly more samples to other ends, the
     fixed one is returned.
 
     solver     a deterministic TableSolver, or several
@@ -329,15 +331,9 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
         untuned = sets.judge.distances(natural(fixed_table))
         # Of the runs that are still to come each takes as long as this one.
         until = started + task.seconds - 4 * (time.perf_counter() - before)
-        chosen = _spread(ranked, task.starts)
         try:
-            for k, (candidate, table) in enumerate(chosen):
-                now = time.perf_counter()
-                limit = now + (until - now) / (len(chosen) - k)
-                best = Best(table, Errors.of(sets.judge.distances(natural(table)), sets.flip))
-                fits.append((candidate, best))
-                if not _in_stages(task, sets, candidate, best, limit, tell):
-                    status = "out of time"
+            if not _fitted(task, sets, _spread(ranked, task.starts), fits, until, tell):
+                status = "out of time"
         except KeyboardInterrupt:
             status = "interrupted"
         table, start = fixed_table, None
@@ -392,21 +388,49 @@ def _spread(ranked: Ranked, starts: int) -> Ranked:
     return [ranked[k] for k in order[:starts]]
 
 
+def _fitted(
+    task: Task,
+    sets: Sets,
+    chosen: Ranked,
+    fits: list[tuple[Candidate, Best]],
+    until: float,
+    tell: Callable[[Best], None],
+) -> bool:
+    """Fit from every start on some of the noises, for where a fit ends depends on where it starts, and on from
+    the best end on all. `fits` gets (start, best) of each. Whether there was time enough."""
+    ends, enough, now = [], True, time.perf_counter()
+    scouted = now + SCOUTING * (until - now)
+    for k, (candidate, table) in enumerate(chosen):
+        now = time.perf_counter()
+        limit = now + (scouted - now) / (len(chosen) - k)
+        best = Best(table, Errors.of(sets.judge.distances(natural(table)), sets.flip))
+        fits.append((candidate, best))
+        space, parameters, done = _in_stages(task, sets, candidate, best, limit, tell)
+        ends.append((best.errors.rank, k, space, parameters))
+        enough = enough and done
+    _, k, space, parameters = min(ends)
+    _, done = Fit(sets.train, sets.judge, sets.flip, until, tell)(space, fits[k][1], parameters)
+    return enough and done
+
+
 def _in_stages(
     task: Task, sets: Sets, candidate: Candidate, best: Best, until: float, tell: Callable[[Best], None]
-) -> bool:
-    """Fit what may change, each stage from the best grid of the one before; whether there was time enough."""
+) -> tuple[Space, Tensor, bool]:
+    """Fit what may change, on some of the noises, each stage from the best grid of the one before: the last
+    stage's space, the best parameters there, and whether there was time enough."""
     steps = candidate.steps(task.calls)
     assert steps is not None  # it has a table
-    grid, enough = candidate.grid(task.sde, steps, task.end), True
+    grid = candidate.grid(task.sde, steps, task.end)
     for k, (moves, free) in enumerate(task.stages, 1):
         space, now = Space(task.sde, candidate.solver, grid, moves, free), time.perf_counter()
         last = k == len(task.stages)
         limit = until if last else now + EARLY * (until - now)
-        fit = Fit(sets.train, sets.judge, sets.flip, limit, tell, WIDTHS if last else WIDTHS[:1])
-        parameters, enough = fit(space, best)
+        least = NUMBERS * len(space) / max(sets.train.start[0].numel(), 1)
+        some = sets.train.first(math.ceil(max(SHARE * len(sets.train), least)))
+        fit = Fit(some, sets.judge, sets.flip, limit, tell, WIDTHS if last else WIDTHS[:1])
+        parameters, enough = fit(space, best, torch.zeros(len(space), dtype=torch.float64))
         grid = space.moved(parameters[: len(grid)]) if moves else grid
-    return enough
+    return space, parameters, enough
 
 
 def more_flips(before: Tensor, after: Tensor, flip: float) -> float:

@@ -90,11 +90,11 @@ class Fit:
     tell: Callable[[Best], None]
     widths: tuple[float, ...] = WIDTHS
 
-    def __call__(self, space: Space, best: Best) -> tuple[Tensor, bool]:
-        """Fit from parameters 0. A better table is put into `best` at once, so that it is there whatever ends
-        the fit. Returns the parameters that were best on the noises that are not fitted on, and whether there
-        was time enough."""
-        kept, enough = torch.zeros(len(space), dtype=torch.float64), True
+    def __call__(self, space: Space, best: Best, start: Tensor) -> tuple[Tensor, bool]:
+        """Fit from parameters (P,). A better table is put into `best` at once, so that it is there whatever
+        ends the fit. Returns the parameters that were best on the noises that are not fitted on, and whether
+        there was time enough."""
+        kept, enough = start, True
         for width in self.widths:
             kept, enough = self._from(space, kept, width, best)
         return kept, enough
