@@ -165,6 +165,19 @@ class DDPM:
         scale = self._take((-0.5 * self.log_alphas).exp(), i, x_t)
         return scale * (x_t + self._take(self.betas, i, x_t) * score)
 
+    @torch.no_grad()
+    def _check_process(self, model: BaseDenoiser) -> None:
+        """ValueError for a model of another process, which would take x_i for another noise level."""
+        found = 0.5 * model.sde.log_snr(self.times)
+        known = 0.5 * self.snr.log()
+        if not torch.allclose(found, known, rtol=0, atol=1e-3):
+            i = int((found - known).abs().argmax())
+            raise ValueError(
+                f"expected a model on the chain's own process, chain.sde(); found one on {model.sde}, whose "
+                f"alpha/sigma at t = {self.times[i].item():.4g} is {found[i].exp().item():.4g} and not "
+                f"{known[i].exp().item():.4g}"
+            )
+
     def respace(self, indices: Sequence[int]) -> DDPM:
         """The chain through the kept indices (strictly increasing, in 1..N): the same marginals there.
 
@@ -190,6 +203,7 @@ class DDPM:
 
         `x_i = alpha_bar_i^(1/2) x_0 + (1 - alpha_bar_i)^(1/2) eps`; the model's process is `self.sde()`.
         """
+        self._check_process(model)
         mean, variance = self.marginal(x_0, i)
         predicted = model.noise(mean + variance.sqrt() * eps, self.times.to(i.device)[i.long() - 1], **cond)
         return (eps - predicted).square().flatten(1).mean(1)
@@ -201,6 +215,7 @@ class DDPM:
         `noises[i - 1]` (B, ...) belongs to the step from i to i - 1; that of i = 1 is not used. The model's
         process is `self.sde()`. `solvers.ddpm()` is the same as a tableau, for any grid and either variance.
         """
+        self._check_process(model)
         x = x_N
         for i in range(len(self), 0, -1):
             mean = self.mean_from_noise(x, model.noise(x, self.times[i - 1], **cond), i)

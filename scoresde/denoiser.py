@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -177,8 +178,13 @@ class BaseDenoiser(nn.Module):
         return Rows(lambda state, k: self(state, clock[k], **cond), [0.0] * len(times), [1.0] * len(times))
 
     def given(self, **cond: Any) -> BaseDenoiser:
-        """This denoiser with conditions filled in."""
-        return Conditioned(self, cond) if cond else self
+        """This denoiser with conditions filled in; lists and arrays of numbers become tensors."""
+        device = self.device
+        made = {
+            name: torch.as_tensor(value, device=device) if isinstance(value, list | np.ndarray) else value
+            for name, value in cond.items()
+        }
+        return Conditioned(self, made) if made else self
 
     def narrowed(self, rows: Tensor | slice, batch: int) -> BaseDenoiser:
         """This denoiser for some rows of a batch: what it holds one entry a sample of is cut to them."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .denoiser import DATA, SCORE, BaseDenoiser, Denoiser, Prediction, Rows, determined, some_rows, view
 from .gradients import gradient
 from .schedules import Time, wide
-from .sde import LinearSDE, like
+from .sde import LinearSDE, alike, like
 
 __all__ = ["Energy", "EnergyModel", "log_ratio", "mixture", "potential", "product"]
 
@@ -224,7 +224,7 @@ def _check_members(models: Sequence[BaseDenoiser], numbers: Sequence[float], nam
         )
     for model in models:
         _check_density(model)
-    if not all(_alike(models[0].sde, model.sde) for model in models[1:]):
+    if not all(alike(models[0].sde, model.sde) for model in models[1:]):
         raise ValueError(f"expected models on one SDE, found {[model.sde for model in models]}")
 
 
@@ -234,13 +234,3 @@ def _check_density(model: object) -> None:
             f"expected energies, or other denoisers with log_prob, found {type(model).__name__}; wrap it as "
             "energy.Energy(function, sde)"
         )
-
-
-@torch.no_grad()
-def _alike(one: LinearSDE, other: LinearSDE) -> bool:
-    """Whether two processes have the same marginals."""
-    if one is other:
-        return True
-    t = one.t_max * torch.linspace(0, 1, 65, dtype=torch.float64)[1:]
-    levels = ((one.alpha(t), other.alpha(t)), (one.sigma(t), other.sigma(t)))
-    return one.t_max == other.t_max and all(torch.allclose(a, b, rtol=1e-9, atol=0) for a, b in levels)

@@ -8,10 +8,12 @@ Where half-log-SNR `lam` is infinite (no noise at the end, or no signal at the s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
 from inspect import signature
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -93,7 +95,7 @@ def _range(sde: LinearSDE, steps: int, end: float | None) -> tuple[float, float]
     """(t_max, end) after checking the arguments."""
     if not isinstance(sde, LinearSDE):
         raise TypeError(f"expected an SDE to make a grid for, found {sde!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"expected a whole number of steps >= 1, found {steps!r}")
     check_numbers(end=sde.default_end if end is None else end)
     last = float(sde.default_end if end is None else end)
@@ -239,8 +241,12 @@ def ddpm(sde: LinearSDE, steps: int, end: float | None = None, *, spacing: str =
 
 def parse(text: str) -> Callable[..., Grid]:
     """The function of this module that a text names, with options: "karras", "karras(rho=5.0)" or
-    "blend(one=karras, other=power(exponent=3.0), weight=0.2)"; what `text.spell` writes. Raises ValueError.
+    "blend(one=karras, other=power(exponent=3.0), weight=0.2)", what `text.spell` writes; and of blends with
+    weights that add up to 1 also "0.2 karras + 0.8 power(exponent=3.0)". Raises ValueError.
     """
+    parts = re.fullmatch(r"([\d.]+) (.+) \+ ([\d.]+) (.+)", text) if isinstance(text, str) else None
+    if parts and math.isclose(float(parts[1]) + float(parts[3]), 1):
+        return partial(blend, one=parse(parts[2]), other=parse(parts[4]), weight=float(parts[1]))
     made = {f.__name__: _with_options(f) for f in (uniform, power, quadratic, log_snr, karras, blend, ddpm)}
     return read_call(text, Kind("grid", "karras(rho=5.0)", made))
 

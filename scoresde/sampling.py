@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ def sample(
     dtype = torch.promote_types(model.dtype, torch.float32) if dtype is None else dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"expected a state in float32 or float64, found {dtype}; the network may have any dtype"
+            f"expected a state in torch.float32 or torch.float64, found {dtype!r}; the network may have any "
+            "dtype"
         )
     times = make_grid(model.sde, grid, steps, end)
     _check_prior(model.sde, float(times.t[0]))
@@ -219,12 +221,13 @@ def _checked_device(device: torch.device | str) -> torch.device:
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     sizes = tuple(shape) if isinstance(shape, Iterable) else ()
-    if len(sizes) < 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in sizes):
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in sizes)
+    if len(sizes) < 2 or not whole:
         raise ValueError(
             "expected a shape (batch, ...) of whole numbers with at least one axis after the batch, found "
             f"{shape}"
         )
-    return sizes
+    return tuple(map(int, sizes))
 
 
 @contextmanager

@@ -441,6 +441,16 @@ class Rectified(LinearSDE):
         return denoiser.flow
 
 
+@torch.no_grad()
+def alike(one: LinearSDE, other: LinearSDE, rtol: float = 1e-9) -> bool:
+    """Whether two processes have the same marginals, at 64 times."""
+    if one is other:
+        return True
+    t = one.t_max * torch.linspace(0, 1, 65, dtype=torch.float64)[1:]
+    levels = ((one.alpha(t), other.alpha(t)), (one.sigma(t), other.sigma(t)))
+    return one.t_max == other.t_max and all(torch.allclose(a, b, rtol=rtol, atol=0) for a, b in levels)
+
+
 def _check_noise_range(sigma_min: float, sigma_max: float) -> None:
     check_numbers(sigma_min=sigma_min, sigma_max=sigma_max)
     if not 0 < sigma_min < sigma_max < math.inf:

@@ -391,3 +391,18 @@ def test_restore_wants_the_same_model_and_a_training_state(saved, tmp_path):
 
 def test_the_network_names_are_those_of_the_package():
     assert {"MLP", "UNet"} <= set(networks.__all__)
+
+
+def test_only_a_denoiser_is_saved(tmp_path, unchecked):
+    model = Denoiser(networks.MLP(2), VPSDE())
+    guided = guidance.classifier_free(model, 2.0, null={"label": -1})
+    for wrong in (guided, model.network):
+        with pytest.raises(
+            CheckpointError, match=f"expected a Denoiser to save, found {type(wrong).__name__}"
+        ):
+            checkpoint.save(tmp_path / "a", wrong)
+        with pytest.raises(
+            CheckpointError, match=f"expected a Denoiser to save, found {type(wrong).__name__}"
+        ):
+            checkpoint.save(tmp_path / "a", model, ema=wrong)
+    assert not list(tmp_path.iterdir())

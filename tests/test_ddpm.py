@@ -482,3 +482,17 @@ def test_chain_of_a_table_is_the_table(schedule: Linear) -> None:
     close(DDPM(betas).betas, betas, rtol=1e-14)
     close(DDPM(betas.tolist()).betas, DDPM(betas).betas, rtol=0, atol=0)
     assert DDPM(betas.float()).betas.dtype == torch.float64
+
+
+def test_a_model_of_another_process_is_refused() -> None:
+    """Algorithm 2 would end with mean 1.74 instead of 1.97, without a word."""
+    chain, law = DDPM(torch.linspace(1e-4, 0.2, 50, dtype=torch.float64)), laws.Gaussian([2.0], 0.1)
+    x, noises = torch.zeros(2, 1, dtype=torch.float64), [torch.zeros(2, 1, dtype=torch.float64)] * 50
+    for sde in (VPSDE(), SubVPSDE(), EDM()):
+        with pytest.raises(ValueError, match=r"on the chain's own process, chain\.sde\(\); found one on"):
+            chain.sample(law.denoiser(sde), x, noises)
+        with pytest.raises(ValueError, match=r"on the chain's own process, chain\.sde\(\); found one on"):
+            chain.loss(law.denoiser(sde), x, torch.tensor([3, 50]), x)
+    assert abs(float(chain.sample(law.denoiser(chain.sde()), x, noises)[0, 0]) - 1.974) < 1e-3
+    exact = DDPM(VPSDE().betas(50))
+    assert bool(exact.sample(law.denoiser(VPSDE()), x, noises).isfinite().all())

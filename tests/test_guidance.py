@@ -721,6 +721,9 @@ def test_errors(device, unchecked) -> None:
             guidance.ramp(1.0, 2.0, low, high)
     with pytest.raises(ValueError, match="finite numbers"):
         guidance.ramp(1.0, 2.0, -math.inf, 0.0)
+    for sde in (EDM(), VPSDE(0.1, 19.0)):
+        with pytest.raises(ValueError, match="log_prob: expected a classifier on the model's process, "):
+            guidance.classifier(PRIOR.denoiser(sde), classifier.log_prob(label))
     with pytest.raises(ValueError, match="label: expected classes 0 to 2, found 0 to 3"):
         classifier.log_prob(torch.tensor([0, 3, 0, 0]))(x, 0.3)
     with pytest.raises(ValueError, match="label: expected classes 0 to 2, found -1 to 2"):

@@ -757,3 +757,19 @@ def test_encode_slerp_decode():
     spread = (middle.square() / variances).sum()
     ends = (x.square() / variances).sum(1)
     assert float(ends.min()) - 1e-3 < float(spread) < float(ends.max()) + 1e-3
+
+
+def test_numbers_of_numpy_and_lists_as_conditions(unchecked) -> None:
+    torch.manual_seed(0)
+    model = Denoiser(networks.MLP(2, classes=3), VPSDE())
+    options = {"steps": 2, "condition": {"label": torch.tensor([0, 1, 2])}}
+    wanted = sample(model, (3, 2), solvers.ddim(), **options).x
+    for label in ([0, 1, 2], np.array([0, 1, 2])):
+        found = sample(
+            model, (np.int64(3), np.int64(2)), solvers.ddim(), steps=np.int64(2), condition={"label": label}
+        )
+        assert torch.equal(found.x, wanted)
+    with pytest.raises(TypeError, match=r"label: expected a tensor of integers .* found 1; give torch\.full"):
+        sample(model, (3, 2), solvers.ddim(), steps=2, condition={"label": 1})
+    with pytest.raises(TypeError, match=r"torch\.float32 or torch\.float64, found 'float64'"):
+        sample(model, (3, 2), solvers.ddim(), dtype="float64")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,11 @@ import torch
 from torch import nn
 
 from benchmarks.damage import LABELS, X, differing, losses_of, new_fit, new_model, stopped_and_resumed
-from scoresde import checkpoint, losses, train
+from scoresde import checkpoint, losses, networks, train
 from scoresde.checkpoint import CheckpointError
 from scoresde.denoiser import Denoiser
 from scoresde.networks import UNet
-from scoresde.sde import VPSDE
+from scoresde.sde import EDM, VESDE, VPSDE, Rectified, SubVPSDE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -521,6 +522,43 @@ def test_wrong_types_are_refused(unchecked):
         train.fit(nn.Linear(2, 2), X, steps=1)
     with pytest.raises(TypeError, match="momentum"):
         new_fit(momentum=0.9)
+    for name in ("loss", "weight", "times", "draw"):
+        with pytest.raises(
+            TypeError, match=f"{name}: expected a function such as those of losses, found 'min"
+        ):
+            new_fit(**{name: "min_snr"})
+    with pytest.raises(ValueError, match="found 3 parts"):
+        new_fit(data=(X.float(), LABELS, LABELS))
+
+
+def test_labels_may_be_lists_and_datasets_may_have_none():
+    ends = []
+    for data in (
+        (X.float(), LABELS),
+        (X.float(), LABELS.tolist()),
+        (X.float().numpy(), LABELS.numpy()),
+        torch.utils.data.TensorDataset(X.float(), LABELS),
+    ):
+        *_, last = new_fit(data=data, steps=3)
+        ends.append(last.loss)
+    assert len(set(ends)) == 1
+    *_, plain = new_fit(data=X.float(), steps=3)
+    *_, wrapped = new_fit(data=torch.utils.data.TensorDataset(X.float()), steps=3)
+    assert plain.loss == wrapped.loss
+
+
+def test_a_model_that_cannot_be_sampled_is_named_before_it_is_trained():
+    network = networks.MLP(2, hidden=8, layers=1)
+    with pytest.warns(UserWarning, match="predicts='noise', which does not determine the data there"):
+        train.fit(Denoiser(network, Rectified()), X.float(), steps=1)
+    with pytest.warns(UserWarning, match="time_input='log_snr', which is infinite there"):
+        train.fit(Denoiser(network, Rectified(), "flow", time_input="log_snr"), X.float(), steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sde in (VPSDE(), EDM(), VESDE(), SubVPSDE()):
+            train.fit(Denoiser(network, sde), X.float(), steps=1)
+        run = train.fit(Denoiser(network, Rectified(), "flow"), X.float(), steps=1)
+    assert repr(run) == "Run(0 of 1 steps; iterate over it to train)"
 
 
 # ---- devices and precision

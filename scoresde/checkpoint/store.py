@@ -64,6 +64,12 @@ def save(
     Raises CheckpointError if a weight is not finite, if something has no description, or if the file cannot
     be written; an existing file is then unchanged.
     """
+    for one in (model, ema):
+        if not isinstance(one, Denoiser | None):
+            raise CheckpointError(
+                f"expected a Denoiser to save, found {type(one).__name__}; save the Denoiser that it is made "
+                "of, or the parameters of another module by safetensors"
+            )
     if dtype is not None and training is not None:
         raise CheckpointError(
             f"expected exact weights in a file to resume from, found dtype={dtype}; save the small file by "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..denoiser import DATA, TIME_INPUTS, BaseDenoiser, Pair, Prediction, Rows, checked, determined, some_rows
 from ..gradients import gradient
 from ..schedules import Time, wide
-from ..sde import LinearSDE, like
+from ..sde import LinearSDE, alike, like
 from ..variance import with_variance
 from .base import Guided
 from .scales import Scale, at, checked_scale
@@ -59,9 +59,16 @@ def classifier(model: BaseDenoiser, log_prob: LogProb, scale: Scale = 1.0) -> Cl
     `sigma_t^2/alpha_t`, and the same to first order in the step.
 
     Gradients are taken under `no_grad` and `inference_mode` too, and leave `requires_grad` and `.grad` alone.
-    Raises ValueError where alpha = 0 for what predicts the data, and for a log_prob of another shape.
+    Raises ValueError where alpha = 0 for what predicts the data, for a log_prob of another shape, and for a
+    `Classifier` on another process.
     """
-    return Classified(model, log_prob, scale)
+    guided = Classified(model, log_prob, scale)
+    if isinstance(log_prob, LabelLogProb) and not alike(log_prob.classifier.sde, model.sde, 1e-6):
+        raise ValueError(
+            f"log_prob: expected a classifier on the model's process, {model.sde}, found one on "
+            f"{log_prob.classifier.sde}"
+        )
+    return guided
 
 
 class Classified(Guided):

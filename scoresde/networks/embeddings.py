@@ -168,6 +168,11 @@ class Conditioning(nn.Module):
         return nn.functional.silu(h)
 
     def _row(self, label: Tensor, batch: int) -> Tensor:
+        if not isinstance(label, Tensor):
+            raise TypeError(
+                f"label: expected a tensor of integers of shape ({batch},), found {label!r}; give "
+                f"torch.full(({batch},), label)."
+            )
         if label.shape != (batch,) or label.is_floating_point() or label.dtype == torch.bool:
             raise ValueError(
                 f"label: expected integers of shape ({batch},), "

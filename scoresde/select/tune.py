@@ -200,8 +200,8 @@ def tune(
     `compare`'s reference. All solvers run on all grids; from the `starts` best ones the table is fitted on
     some of the first set, and from the best end of these on all of it, by Levenberg-Marquardt from
     evaluations of the model alone (see `tuning_fit`); of all tables on the way the one that is best on the
-    second set is kept, and reported on the third beside the best fixed one. Where no table is better there, or it sends significantly more samples to other ends, the
-    fixed one is returned.
+    second set is kept, and reported on the third beside the best fixed one. Where no table is better there,
+    or it sends significantly more samples to other ends, the fixed one is returned.
 
     solver     a deterministic TableSolver, or several
     what       "grid": the times, with the solver's own coefficients, which then suit other models of such
@@ -396,7 +396,7 @@ def _fitted(
     until: float,
     tell: Callable[[Best], None],
 ) -> bool:
-    """Fit from every start on some of the noises, for where a fit ends depends on where it starts, and on from
+    """Fit from every start on some of the noises, for where a fit ends depends on where it starts, and from
     the best end on all. `fits` gets (start, best) of each. Whether there was time enough."""
     ends, enough, now = [], True, time.perf_counter()
     scouted = now + SCOUTING * (until - now)

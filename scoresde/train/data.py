@@ -83,8 +83,11 @@ def _split(batch: Any) -> tuple[Tensor, Condition]:
     """x and its conditions; one that has no name is the label."""
     if isinstance(batch, Tensor):
         return batch, {}
-    x, second = batch
-    return x, dict(second) if isinstance(second, Mapping) else {"label": second}
+    if len(batch) not in (1, 2):
+        raise ValueError(f"data: expected x, (x, labels) or (x, {{name: values}}), found {len(batch)} parts")
+    x, second = [*batch, {}][:2]
+    cond = second if isinstance(second, Mapping) else {"label": second}
+    return torch.as_tensor(x), {name: torch.as_tensor(value) for name, value in cond.items()}
 
 
 def _checked(x: Tensor, cond: Condition) -> tuple[Tensor, Condition]:

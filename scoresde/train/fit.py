@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..denoiser import Denoiser
+from ..denoiser import DATA, TIME_INPUTS, Denoiser, view
+from ..schedules import wide
 from .data import Data
 from .run import Classification, Objective, Run, Settings
 from .surroundings import FilePath, Output, accelerator
@@ -60,6 +63,10 @@ def fit(
     """
     if not isinstance(model, Denoiser):
         raise TypeError(f"model: expected a Denoiser, as in Denoiser(network, sde); found {type(model)}")
+    for name, given in {"loss": loss, "weight": weight, "times": times, "draw": draw}.items():
+        if not callable(given):
+            raise TypeError(f"{name}: expected a function such as those of losses, found {given!r}")
+    _warn_of_t_max(model)
     chosen = Settings(steps, batch_size, **settings)
     output = Output(path, save_every, log, progress)
     parts = Objective(model, loss, weight), times, draw
@@ -68,6 +75,19 @@ def fit(
         run.restore(resume)
     output.begin(run)
     return run
+
+
+@torch.no_grad()
+def _warn_of_t_max(model: Denoiser) -> None:
+    """Say before a network is trained that the first call of `sample` will fail."""
+    sde, t = model.sde, wide(model.sde.t_max)
+    start = f"expected a model that can be sampled from t_max = {sde.t_max} of {sde}, found"
+    if not all(bool(v.isfinite()) for v in view(DATA, model.predicts, sde.alpha(t), sde.sigma(t))):
+        why = f"predicts={model.predicts.name!r}, which does not determine the data there; take 'flow'"
+        warnings.warn(f"{start} {why}", stacklevel=3)
+    if not bool(TIME_INPUTS[model.time_input](sde, t).isfinite()):
+        why = f"time_input={model.time_input!r}, which is infinite there; take 't'"
+        warnings.warn(f"{start} {why}", stacklevel=3)
 
 
 def fit_classifier(

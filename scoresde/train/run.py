@@ -114,6 +114,9 @@ class Run(Iterator[Progress]):
     average of the model, in evaluation mode (it goes on moving: copy it to keep it); step; seconds; settings.
     """
 
+    def __repr__(self) -> str:
+        return f"Run({self.step} of {self.settings.steps} steps; iterate over it to train)"
+
     def __init__(
         self, model: Any, data: Data, settings: Settings, parts: Parts, accelerator: Any, output: Output
     ) -> None:
