@@ -61,8 +61,7 @@ def sample(
     dtype = torch.promote_types(model.dtype, torch.float32) if dtype is None else dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"expected a state in torch.float32 or torch.float64, found {dtype!r}; the network may have any "
-            "dtype"
+            f"expected a state in float32 or float64, found {dtype!r}; the network may have any dtype"
         )
     times = make_grid(model.sde, grid, steps, end)
     _check_prior(model.sde, float(times.t[0]))

@@ -23,7 +23,7 @@ from benchmarks.damage import (
     truncations,
     unnoticed,
 )
-from scoresde import checkpoint, networks
+from scoresde import checkpoint, guidance, networks
 from scoresde.checkpoint import CheckpointError
 from scoresde.denoiser import Denoiser, Karras
 from scoresde.networks import UNet

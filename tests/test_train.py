@@ -523,9 +523,7 @@ def test_wrong_types_are_refused(unchecked):
     with pytest.raises(TypeError, match="momentum"):
         new_fit(momentum=0.9)
     for name in ("loss", "weight", "times", "draw"):
-        with pytest.raises(
-            TypeError, match=f"{name}: expected a function such as those of losses, found 'min"
-        ):
+        with pytest.raises(TypeError, match=f"{name}: expected a function such as .* found .min_snr"):
             new_fit(**{name: "min_snr"})
     with pytest.raises(ValueError, match="found 3 parts"):
         new_fit(data=(X.float(), LABELS, LABELS))
