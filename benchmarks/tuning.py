@@ -88,15 +88,15 @@ def board(name: str) -> Board:
         model, shape = checkpoint.load(PATH).eval(), digits.SHAPE
         noise = partial(_normal, shape, torch.float32)
         label = lambda n: {"label": digits.labels(n)}  # noqa: E731
-        return Board(model, shape, 96, 512, 96, 180.0, 1, 64, noise, label)
+        return Board(model, shape, 128, 512, 128, 400.0, 4, 64, noise, label)
     law = problems.problem(name)
     noise = partial(_normal, (law.dim,), torch.float64)
     if name == "subspace":
         inside = problems.inside()
         turned = lambda n, seed: problems.to_inside(noise(n, seed))  # noqa: E731
-        return Board(inside.denoiser(SDE), (inside.dim,), 240, 1024, 64, 60.0, 2, law.dim, turned)
-    n, batch = (2400, 2**14) if name == "ring" else (256, 64)
-    return Board(law.denoiser(SDE), (law.dim,), n, 4096, batch, 60.0, 2, law.dim, noise)
+        return Board(inside.denoiser(SDE), (inside.dim,), 480, 1024, 64, 110.0, 4, law.dim, turned)
+    n, batch, seconds = (2400, 2**14, 60.0) if name == "ring" else (700, 64, 110.0)
+    return Board(law.denoiser(SDE), (law.dim,), n, 4096, batch, seconds, 4, law.dim, noise)
 
 
 class Run(NamedTuple):

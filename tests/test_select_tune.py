@@ -443,9 +443,9 @@ def test_a_float32_network(unchecked):
 def scripted(monkeypatch, act):
     """A fit that does what it is told."""
 
-    def call(self, space, best):
+    def call(self, space, best, start):
         act(self, space, best)
-        return torch.zeros(len(space), dtype=F64), True
+        return start, True
 
     monkeypatch.setattr(Fit, "__call__", call)
     return tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, shape=(2,), n=64, starts=1, reference=20)
@@ -553,11 +553,36 @@ def test_only_laws_are_known(unchecked):
         tune_for(SDE, RING.denoiser(SDE), solvers.dpmpp(2), 4)
 
 
-def test_starts_share_the_time_that_is_left(monkeypatch):
-    """By a clock that stands still: a third for the first of three, half of the rest for the second, all for
-    the last."""
-    module, limits = importlib.import_module("scoresde.select.tune"), []
+def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch, unchecked):
+    """By a clock that stands still: 0.6 of the time for three starts, a third, half of the rest, the rest."""
+    module, limits, fits = importlib.import_module("scoresde.select.tune"), [], []
+
+    def in_stages(task, sets, candidate, best, until, tell):
+        limits.append(until - 100.0)
+        best.errors = Errors([3.0, 1.0, 2.0][len(limits) - 1], 0.0, 0.0)
+        return f"space {len(limits)}", f"place {len(limits)}", len(limits) != 1
+
+    def fit(self, space, best, start):
+        fits.append((len(self.train), self.until - 100.0, space, best.errors.rms, start))
+        return start, True
+
     monkeypatch.setattr(module.time, "perf_counter", lambda: 100.0)
-    monkeypatch.setattr(module, "_in_stages", lambda *parts: limits.append(parts[4] - 100.0) or True)
-    tune_for(SDE, Gaussian([0.7, -0.2], [0.5, 0.1]), solvers.dpmpp(2), 5, seconds=12.0, starts=3)
-    assert limits == pytest.approx([4.0, 6.0, 12.0])
+    monkeypatch.setattr(module, "_in_stages", in_stages)
+    monkeypatch.setattr(Fit, "__call__", fit)
+    found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 12.0, shape=(2,), n=64, starts=3, reference=20)
+    assert limits == pytest.approx([2.4, 3.6, 7.2])
+    assert fits == [(64, 12.0, "space 2", 1.0, "place 2")]
+    assert found.report.status == "out of time"  # one of the starts had not enough
+
+
+def test_scouts_fit_on_a_share_that_determines_them(monkeypatch, unchecked):
+    """A quarter of the noises, or eight numbers a parameter; the last fit, on all, goes on from the one before."""
+    seen = []
+
+    def fit(self, space, best, start):
+        seen.append((len(self.train), len(space), float(start.sum())))
+        return torch.full((len(space),), 0.01, dtype=F64), True
+
+    monkeypatch.setattr(Fit, "__call__", fit)
+    tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=128, starts=1, reference=20)
+    assert seen == [(32, 4, 0.0), (64, 16, 0.0), (128, 16, pytest.approx(0.16))]
