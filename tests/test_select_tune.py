@@ -576,7 +576,7 @@ def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch
 
 
 def test_scouts_fit_on_a_share_that_determines_them(monkeypatch, unchecked):
-    """A quarter of the noises, or eight numbers a parameter; the last fit, on all, goes on from the one before."""
+    """A quarter of the noises, or eight numbers a parameter; the last fit, on all, goes on from there."""
     seen = []
 
     def fit(self, space, best, start):
