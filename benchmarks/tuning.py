@@ -55,7 +55,7 @@ HELD_OUT = 20  # seed
 
 
 class Board(NamedTuple):
-    """A problem: its model, the shape of a sample, how many noises to tune a number of calls with (fewer where
+    """A problem: its model, the shape of a sample, how many noises to tune some calls with (fewer where
     a table has more parameters) and to hold out, how many samples its model takes at once, time and starts
     for tuning, the dimension that errors are counted by, and noises."""
 

@@ -685,11 +685,11 @@ def test_no_signal_no_guidance() -> None:
 
 def test_a_scale_that_is_one_number() -> None:
     """A function may return a number, or one time's number for all of a grid's."""
-    x, sde = f64(0.3, -1.0)[:, None], VP
+    x, one = f64(0.3, -1.0)[:, None], torch.tensor([0, 0])
     for scale in (lambda sde, t: 2.0, lambda sde, t: torch.tensor(2.0)):
         for make in (
             lambda s: guided(s),
-            lambda s: guidance.classifier_free(POSTERIOR.denoiser(sde).given(), s, null={"y": 0}).given(y=1),
+            lambda s: guidance.classifier_free(TwoLaws(), s, null={"label": -1}).given(label=one),
         ):
             model, wanted = make(scale), make(2.0)
             rows, known = (m.rows(f64(1.0, 0.5), x) for m in (model, wanted))
