@@ -568,7 +568,7 @@ def test_a_denoiser_that_changes_the_shape():
         log_prob(Wide(), torch.ones(2, 2))
 
 
-def test_dequantization():
+def test_dequantization(unchecked):
     """Uniform in the cell, a function of seed and id; exact bits for a law that fills the cells evenly."""
     x = torch.zeros(500, 4, 5)
     z = dequantize(x, 0.25)

@@ -231,10 +231,10 @@ def test_a_process_that_ends_without_signal(alpha_ledger, unchecked):
 def test_the_first_step_of_a_process_that_ends_without_signal():
     """KL of the two Gaussians, from a state that is noise alone."""
     sde, s, t = Rectified(), torch.tensor(0.6).double(), torch.tensor(1.0).double()
-    x, eps = torch.tensor([[0.4, -1.2]]).double(), torch.tensor([[0.3, 0.8]]).double()
+    x, eps = torch.tensor([[0.4], [-1.2]]).double(), torch.tensor([[0.3], [0.8]]).double()
     D = LAW.denoiser(sde)(eps, t)
     (mean_q, std), (mean_p, _) = sde.bridge(x, eps, s, t), sde.bridge(D, eps, s, t)
-    known = 0.5 * ((mean_q - mean_p) / std).square().sum()
+    known = 0.5 * ((mean_q - mean_p) / std).square().sum(1)
     assert torch.allclose(step_term(LAW.denoiser(sde), x, eps, s, t), known, rtol=1e-12)
 
 
