@@ -14,7 +14,19 @@ from exact import affine_law, distance
 from scipy.integrate import quad
 from torch import Tensor, nn
 
-from scoresde import DDPM, EDM, VESDE, VPSDE, Denoiser, Rectified, grids, guidance, sample, solvers
+from scoresde import (
+    DDPM,
+    EDM,
+    VESDE,
+    VPSDE,
+    Denoiser,
+    Rectified,
+    grids,
+    guidance,
+    likelihood,
+    sample,
+    solvers,
+)
 from scoresde.denoiser import DATA, FLOW, NOISE, SCORE, VELOCITY, BaseDenoiser
 from scoresde.laws import Gaussian, Mixture
 from scoresde.schedules import Cosine
@@ -698,6 +710,20 @@ def test_a_scale_that_is_one_number() -> None:
             assert torch.equal(model(x, f64(0.3, 0.6)), wanted(x, f64(0.3, 0.6)))
 
 
+def test_a_null_that_is_made_in_inference_mode_can_be_differentiated() -> None:
+    class Moved(BaseDenoiser):
+        sde = VP
+
+        def forward(self, x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+            return shift * PRIOR.denoiser(VP)(x, t)
+
+    x = f64(0.3, -1.0)[:, None]
+    with torch.inference_mode():
+        free = guidance.classifier_free(Moved(), 2.0, null={"shift": torch.full((1, 1), 0.5, dtype=F64)})
+    found = likelihood.log_prob(free, x, condition={"shift": torch.ones(2, 1, dtype=F64)}, tolerance=1e-2)
+    assert bool(found.value.isfinite().all())
+
+
 def test_errors(device, unchecked) -> None:
     model, classifier, label = networks_of(torch.float32, device)
     x = draw(device, torch.float32, 4, 3)
@@ -721,6 +747,11 @@ def test_errors(device, unchecked) -> None:
             guidance.ramp(1.0, 2.0, low, high)
     with pytest.raises(ValueError, match="finite numbers"):
         guidance.ramp(1.0, 2.0, -math.inf, 0.0)
+    for wrong in (torch.zeros(4, 1, dtype=torch.long), torch.zeros(4), torch.ones(4, dtype=torch.bool)):
+        with pytest.raises(
+            ValueError, match=r"label: expected an integer or integers of shape \(B,\), found"
+        ):
+            classifier.log_prob(wrong)
     for sde in (EDM(), VPSDE(0.1, 19.0)):
         with pytest.raises(ValueError, match="log_prob: expected a classifier on the model's process, "):
             guidance.classifier(PRIOR.denoiser(sde), classifier.log_prob(label))
