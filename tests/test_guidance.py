@@ -748,9 +748,7 @@ def test_errors(device, unchecked) -> None:
     with pytest.raises(ValueError, match="finite numbers"):
         guidance.ramp(1.0, 2.0, -math.inf, 0.0)
     for wrong in (torch.zeros(4, 1, dtype=torch.long), torch.zeros(4), torch.ones(4, dtype=torch.bool)):
-        with pytest.raises(
-            ValueError, match=r"label: expected an integer or integers of shape \(B,\), found"
-        ):
+        with pytest.raises(ValueError, match=r"label: expected an integer or integers of shape \(B,\)"):
             classifier.log_prob(wrong)
     for sde in (EDM(), VPSDE(0.1, 19.0)):
         with pytest.raises(ValueError, match="log_prob: expected a classifier on the model's process, "):
