@@ -459,6 +459,22 @@ def test_coins_cost_a_bit():
     assert torch.allclose(shifted, torch.ones(600).double())
 
 
+def test_the_standard_error_has_the_decoder_s_share():
+    """Variance of the mean of the decoder's draws, seen by a decoder that keeps them, beside that of the
+    steps."""
+    kept, decoder = [], GaussianDecoder(0.02)
+
+    def keeping(x: Tensor, mean: Tensor, ratio: Tensor) -> Tensor:
+        kept.append(decoder(x, mean, ratio))
+        return kept[-1]
+
+    found = elbo(LAW.denoiser(VP), LAW.sample(5), keeping, grid=grids.log_snr(VP, 7, 0.01))
+    costs = torch.stack(kept, 1)
+    assert torch.allclose(found.decoder, -costs.mean(1))
+    steps = found.steps.diff(dim=1).square().sum(1) * 7 / 12
+    assert torch.allclose(found.standard_error**2, steps + costs.var(1) / costs.shape[1])
+
+
 def test_a_sample_is_a_function_of_its_id():
     x = LAW.sample(5, generator=torch.Generator().manual_seed(0))
     state = torch.get_rng_state()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from functools import partial
 from typing import Any
 
@@ -336,6 +337,7 @@ def test_samples_have_the_exact_law_with_the_best_variance(end: float) -> None:
 
 
 def test_sampling_with_conditions_and_a_callback() -> None:
+    started = time.perf_counter()
     model, solver = built(share=0.2), solvers.ddpm_learned()
     options: dict[str, Any] = {"grid": NODES, "seed": 3, "dtype": F64}
     label = torch.tensor([0, 1, 0])
@@ -346,6 +348,7 @@ def test_sampling_with_conditions_and_a_callback() -> None:
     assert seen.network_calls == N - 1 == len(seen.path) == solver.steps_for(N - 1)
     assert torch.equal(seen.x[::2], plain.x[::2]) and not torch.equal(seen.x[1], plain.x[1])
     assert seen.end == plain.end == 1 / N and repr(solver) == "ddpm_learned()"
+    assert 0 < plain.seconds < time.perf_counter() - started
     inner, cond = with_variance(model.given(label=1).given(label=2, other=3))
     assert inner is model and cond == {"label": 2, "other": 3}
 
