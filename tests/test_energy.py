@@ -265,6 +265,18 @@ def test_every_combination_keeps_samples_apart(unchecked) -> None:
         def energy(self, x: Tensor, t, shift: Tensor, **cond) -> Tensor:
             return -exact.log_prob(x - 0.1 * shift[:, None], t)
 
+    class ShiftedBy:
+        """A function that holds a number for each sample."""
+
+        def __init__(self, shift: Tensor) -> None:
+            self.shift = shift
+
+        def __call__(self, x: Tensor, t, **cond) -> Tensor:
+            return -exact.log_prob(x - 0.1 * self.shift[:, None], t)
+
+        def narrowed(self, rows: Tensor | slice, batch: int) -> ShiftedBy:
+            return ShiftedBy(self.shift[rows])
+
     for model in (
         Shifted(),
         energy.product([Shifted(), Shifted()], [0.5, 0.5]),
@@ -278,6 +290,10 @@ def test_every_combination_keeps_samples_apart(unchecked) -> None:
         for i in (0, 2):
             alone = solver.solve(model.given(shift=shift[i : i + 1]), x[i : i + 1], times).x
             torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-9, atol=1e-9)
+    held = solver.solve(energy.Energy(ShiftedBy(shift), VP), x, times)
+    known = solver.solve(Shifted().given(shift=shift), x, times)
+    torch.testing.assert_close(held.x, known.x, rtol=1e-9, atol=1e-9)
+    assert len(set(held.evaluations.tolist())) > 1  # some were finished before others
 
 
 def test_errors(unchecked) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -462,7 +463,7 @@ def test_coins_cost_a_bit():
 def test_the_standard_error_has_the_decoder_s_share():
     """Variance of the mean of the decoder's draws, seen by a decoder that keeps them, beside that of the
     steps."""
-    kept, decoder = [], GaussianDecoder(0.02)
+    kept, decoder, started = [], GaussianDecoder(0.02), time.perf_counter()
 
     def keeping(x: Tensor, mean: Tensor, ratio: Tensor) -> Tensor:
         kept.append(decoder(x, mean, ratio))
@@ -473,6 +474,7 @@ def test_the_standard_error_has_the_decoder_s_share():
     assert torch.allclose(found.decoder, -costs.mean(1))
     steps = found.steps.diff(dim=1).square().sum(1) * 7 / 12
     assert torch.allclose(found.standard_error**2, steps + costs.var(1) / costs.shape[1])
+    assert 0 < found.seconds < time.perf_counter() - started
 
 
 def test_a_sample_is_a_function_of_its_id():
