@@ -710,6 +710,16 @@ def test_a_scale_that_is_one_number() -> None:
             assert torch.equal(model(x, f64(0.3, 0.6)), wanted(x, f64(0.3, 0.6)))
 
 
+def test_at_scales_0_and_1_one_call_is_enough() -> None:
+    seen, x, label = [], f64(0.3, -1.0)[:, None], torch.zeros(2, dtype=torch.long)
+    model = TwoLaws()
+    model.register_forward_hook(lambda *_: seen.append(1))
+    for scale, calls in ((0.0, 1), (1.0, 1), (0.5, 2)):
+        seen.clear()
+        guidance.classifier_free(model, scale, null={"label": -1})(x, 0.3, label=label)
+        assert len(seen) == calls
+
+
 def test_a_null_that_is_made_in_inference_mode_can_be_differentiated() -> None:
     class Moved(BaseDenoiser):
         sde = VP
