@@ -127,9 +127,9 @@ def _width(std: float | None, ratio: Tensor) -> Tensor:
 def by_log_snr(sde: LinearSDE, u: Tensor, end: float) -> tuple[Tensor, Tensor]:
     """log SNR uniform between the end (u = 0) and t_max. Raises ValueError where it is infinite."""
     high, low = sde.log_snr(_ends(sde, end, u)).unbind()
-    if not bool((high - low).isfinite()):
+    if not math.isfinite(last := float(sde.log_snr(wide(sde.t_max)))):  # on the CPU, wherever u is
         raise ValueError(
-            f"expected a finite log-SNR to spread draws over, found {low.item():.4g} at t_max of {sde}; give "
+            f"expected a finite log-SNR to spread draws over, found {last:.4g} at t_max of {sde}; give "
             "proposal=likelihood.along(sde), whose t is uniform, or a grid"
         )
     return sde.time(high + u * (low - high)), (high - low).expand_as(u)
