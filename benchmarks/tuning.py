@@ -220,6 +220,7 @@ def measure(name: str, board: Board, calls: int, quick: bool, slack: float) -> d
         "ratio": scores[best].error / scores[-1].error,
         "goal": GOAL[name],
         "more_flips": more_flips(distances[best], distances[-1], FLIP),
+        "starts": board.starts,
         "seconds": seconds,
         "wall": found.report.seconds,
         "calls_spent": found.report.batches,
@@ -249,8 +250,8 @@ def _json(table: Tableau | None) -> Any:
 
 
 HEAD = (
-    "| problem | calls | untuned | tuned | times better | goal | more flips: p | s | samples evaluated | "
-    "untuned is | tuned from |\n" + "|---" * 11 + "|"
+    "| problem | calls | untuned | tuned | times better | goal | more flips: p | starts | s | samples "
+    "evaluated | untuned is | tuned from |\n" + "|---" * 12 + "|"
 )
 
 
@@ -265,6 +266,7 @@ def line(row: dict[str, Any]) -> str:
         f"{row['ratio']:.1f}{'' if row['ratio'] >= row['goal'] else ' (missed)'}",
         f"{row['goal']:g}",
         f"{row['more_flips']:.2g}",
+        row["starts"],
         f"{row['seconds']:.0f}",
         f"{row['samples_spent']:.1e}",
         before["name"],
@@ -279,8 +281,8 @@ def _cell(score: dict[str, Any]) -> str:
 
 LEGEND = """Cells: root mean square distance to the probability-flow solution from the same noise, without
 flips (share of flips, median). Times better: of the root mean squares. More flips: p-value of the exact
-paired binomial test. s: seconds of one processor thread for all of the tuning, references included; samples
-evaluated: by the model, in it."""
+paired binomial test. Starts: places that fits began from. s: seconds of one processor thread for all of the
+tuning, references included; samples evaluated: by the model, in it."""
 
 
 def report(rows: list[dict[str, Any]], out: Path) -> None:
