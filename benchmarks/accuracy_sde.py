@@ -59,7 +59,7 @@ from .accuracy import (
 from .peers import ETAS
 
 END = 1e-3
-SAMPLES = {"narrow": 2048, "choose": 16384, "report": 131072}
+SAMPLES = {"narrow": 512, "choose": 4096, "report": 32768}
 DIRECTIONS, REPEATS, FLOOR = 64, 32, 1e-12
 
 QUARTIC = partial(grids.power, exponent=4)
