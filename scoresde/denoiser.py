@@ -179,9 +179,8 @@ class BaseDenoiser(nn.Module):
 
     def given(self, **cond: Any) -> BaseDenoiser:
         """This denoiser with conditions filled in; lists and arrays of numbers become tensors."""
-        device = self.device
         made = {
-            name: torch.as_tensor(value, device=device) if isinstance(value, list | np.ndarray) else value
+            name: torch.as_tensor(value, device=self.device) if _are_numbers(value) else value
             for name, value in cond.items()
         }
         return Conditioned(self, made) if made else self
@@ -343,6 +342,13 @@ def some_rows(value: Any, rows: Tensor | slice, batch: int) -> Any:
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and len(value) == batch else value
     return value.narrowed(rows, batch) if hasattr(value, "narrowed") else value
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether a condition is a list or an array of numbers; a list of texts, say, is none."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biuf"
+    return isinstance(value, list) and all(isinstance(one, int | float) for one in value)
 
 
 def _first_tensor(module: nn.Module) -> Tensor | None:

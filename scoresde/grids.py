@@ -244,7 +244,8 @@ def parse(text: str) -> Callable[..., Grid]:
     "blend(one=karras, other=power(exponent=3.0), weight=0.2)", what `text.spell` writes; and of blends with
     weights that add up to 1 also "0.2 karras + 0.8 power(exponent=3.0)". Raises ValueError.
     """
-    parts = re.fullmatch(r"([\d.]+) (.+) \+ ([\d.]+) (.+)", text) if isinstance(text, str) else None
+    number = r"(\d+\.?\d*)"
+    parts = re.fullmatch(rf"{number} (.+) \+ {number} (.+)", text) if isinstance(text, str) else None
     if parts and math.isclose(float(parts[1]) + float(parts[3]), 1):
         return partial(blend, one=parse(parts[2]), other=parse(parts[4]), weight=float(parts[1]))
     made = {f.__name__: _with_options(f) for f in (uniform, power, quadratic, log_snr, karras, blend, ddpm)}

@@ -396,6 +396,8 @@ def test_the_network_names_are_those_of_the_package():
 def test_only_a_denoiser_is_saved(tmp_path, unchecked):
     model = Denoiser(networks.MLP(2), VPSDE())
     guided = guidance.classifier_free(model, 2.0, null={"label": -1})
+    with pytest.raises(CheckpointError, match="expected a Denoiser to save, found NoneType"):
+        checkpoint.save(tmp_path / "a", None)
     for wrong in (guided, model.network):
         with pytest.raises(
             CheckpointError, match=f"expected a Denoiser to save, found {type(wrong).__name__}"

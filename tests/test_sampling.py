@@ -773,3 +773,20 @@ def test_numbers_of_numpy_and_lists_as_conditions(unchecked) -> None:
         sample(model, (3, 2), solvers.ddim(), steps=2, condition={"label": 1})
     with pytest.raises(TypeError, match=r"state in float32 or float64, found .float64."):
         sample(model, (3, 2), solvers.ddim(), dtype="float64")
+
+
+def test_conditions_that_are_no_numbers_reach_the_network_as_they_are() -> None:
+    """Prompts, for example, or arrays of objects."""
+    seen = []
+
+    class Prompted(BaseDenoiser):
+        sde = VPSDE()
+
+        def forward(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
+            seen.append(cond)
+            return 0.5 * x
+
+    texts, objects, several = ["a cat", "a dog"], np.array([None, "b"], dtype=object), [torch.zeros(2)] * 2
+    cond = {"texts": texts, "objects": objects, "several": several, "strength": 0.5}
+    sample(Prompted(), (2, 3), solvers.ddim(), steps=1, condition=cond)
+    assert all(seen[0][name] is value for name, value in cond.items())

@@ -105,6 +105,12 @@ def test_the_name_of_a_grid_says_which_it_is():
     sde = VPSDE()
     for name, grid in STOCHASTIC_GRIDS.items():
         assert torch.equal(grids.parse(name)(sde, 7).t, grid(sde, 7).t), name
-    for wrong in ("0.5 karras + 0.6 uniform", "0.5 karras + 0.5 cubic", "0.5 karras +", "1 karras"):
+    for wrong in (
+        "0.5 karras + 0.6 uniform",
+        "0.5 karras + 0.5 cubic",
+        "0.5.1 karras + 0.5 log_snr",
+        "0.5 karras +",
+        "1 karras",
+    ):
         with pytest.raises(ValueError, match="expected a grid"):
             grids.parse(wrong)

@@ -64,8 +64,8 @@ def save(
     Raises CheckpointError if a weight is not finite, if something has no description, or if the file cannot
     be written; an existing file is then unchanged.
     """
-    for one in (model, ema):
-        if not isinstance(one, Denoiser | None):
+    for one in (model, model if ema is None else ema):
+        if not isinstance(one, Denoiser):
             raise CheckpointError(
                 f"expected a Denoiser to save, found {type(one).__name__}; save the Denoiser that it is made "
                 "of, or the parameters of another module by safetensors"
