@@ -138,13 +138,13 @@ class BaseDenoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters (or buffers) live; the CPU if there are none."""
-        tensor = _first_tensor(self)
+        tensor = first_tensor(self)
         return torch.device("cpu") if tensor is None else tensor.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters; the default dtype if there are none."""
-        tensor = _first_tensor(self)
+        tensor = first_tensor(self)
         return torch.get_default_dtype() if tensor is None else tensor.dtype
 
     def as_view(self, target: Prediction, /, x: Tensor, t: Time, **cond: Any) -> Tensor:
@@ -351,7 +351,7 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, int | float) for one in value)
 
 
-def _first_tensor(module: nn.Module) -> Tensor | None:
+def first_tensor(module: nn.Module) -> Tensor | None:
     for tensors in (module.parameters(), module.buffers()):
         for tensor in tensors:
             if tensor.is_floating_point():

@@ -710,6 +710,17 @@ def test_a_scale_that_is_one_number() -> None:
             assert torch.equal(model(x, f64(0.3, 0.6)), wanted(x, f64(0.3, 0.6)))
 
 
+def test_a_classifier_without_parameters() -> None:
+    class Signs(nn.Module):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            return torch.cat([x, -x], 1)
+
+    classifier, x = guidance.Classifier(Signs(), VP), f64(0.3, -1.0)[:, None]
+    assert classifier.device.type == "cpu"
+    assert torch.allclose(classifier(x, 0.4).exp().sum(1), torch.ones(2, dtype=F64))
+    assert torch.allclose(classifier(x, 0.4)[:, 0] - classifier(x, 0.4)[:, 1], 2 * x[:, 0])
+
+
 def test_at_scales_0_and_1_one_call_is_enough() -> None:
     seen, x, label = [], f64(0.3, -1.0)[:, None], torch.zeros(2, dtype=torch.long)
     model = TwoLaws()

@@ -9,7 +9,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..denoiser import DATA, TIME_INPUTS, BaseDenoiser, Pair, Prediction, Rows, checked, determined, some_rows
+from ..denoiser import (
+    DATA,
+    TIME_INPUTS,
+    BaseDenoiser,
+    Pair,
+    Prediction,
+    Rows,
+    checked,
+    determined,
+    first_tensor,
+    some_rows,
+)
 from ..gradients import gradient
 from ..schedules import Time, wide
 from ..sde import LinearSDE, alike, like
@@ -146,12 +157,13 @@ class Classifier(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters live; the CPU if there are none."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        tensor = first_tensor(self)
+        return torch.device("cpu") if tensor is None else tensor.device
 
     def forward(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, "b k"]:
         """log p(y = k | x_t = x), in the wider of the dtype of x and float32."""
-        t = wide(t)
-        dtype = next((p.dtype for p in self.parameters()), x.dtype)
+        t, tensor = wide(t), first_tensor(self)
+        dtype = x.dtype if tensor is None else tensor.dtype
         label = TIME_INPUTS[self.time_input](self.sde, t)
         time = label.to(x.device, torch.promote_types(dtype, torch.float32)).expand(len(x))
         size = like(torch.hypot(self.sde.alpha(t), self.sde.sigma(t)), x)
