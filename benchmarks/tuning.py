@@ -55,13 +55,13 @@ HELD_OUT = 20  # seed
 
 
 class Board(NamedTuple):
-    """A problem: its model, the shape of a sample, how many noises to tune some calls with (fewer where
-    a table has more parameters) and to hold out, how many samples its model takes at once, time and starts
-    for tuning, the dimension that errors are counted by, and noises."""
+    """A problem: its model, the shape of a sample, how many noises to tune with and to hold out, how many
+    samples its model takes at once, time and starts for tuning, the dimension that errors are counted by, and
+    noises."""
 
     model: BaseDenoiser
     shape: tuple[int, ...]
-    n: Callable[[int], int]
+    n: int
     held_out: int
     batch: int
     seconds: float
@@ -88,18 +88,16 @@ def board(name: str) -> Board:
         model, shape = checkpoint.load(PATH).eval(), digits.SHAPE
         noise = partial(_normal, shape, torch.float32)
         label = lambda n: {"label": digits.labels(n)}  # noqa: E731
-        return Board(model, shape, lambda c: 640 // c, 512, 128, 400.0, 4, 64, noise, label)
+        return Board(model, shape, 640, 512, 128, 570.0, 3, 64, noise, label)
     law = problems.problem(name)
     noise = partial(_normal, (law.dim,), torch.float64)
     if name == "subspace":
         inside = problems.inside()
         turned = lambda n, seed: problems.to_inside(noise(n, seed))  # noqa: E731
-        shape, n = (inside.dim,), lambda c: 12_000 // c**2
-        return Board(inside.denoiser(SDE), shape, n, 1024, 64, 110.0, 4, law.dim, turned)
-    ring = name == "ring"
-    n = lambda c: 12_000 // c if ring else 17_500 // c**2  # noqa: E731
-    batch, seconds = (2**14, 60.0) if ring else (64, 110.0)
-    return Board(law.denoiser(SDE), (law.dim,), n, 4096, batch, seconds, 4, law.dim, noise)
+        shape, denoiser = (inside.dim,), inside.denoiser(SDE)
+        return Board(denoiser, shape, 1536, 1024, 64, 110.0, 4, law.dim, turned)
+    batch, n = (2**14, 4096) if name == "ring" else (64, 2048)
+    return Board(law.denoiser(SDE), (law.dim,), n, 4096, batch, 110.0, 4, law.dim, noise)
 
 
 class Run(NamedTuple):
@@ -180,12 +178,13 @@ def fit(board: Board, solver: Any, calls: int, seconds: float, what: str, n: int
         starts=starts,
         batch=board.batch,
         flip=FLIP / board.scale,
+        reference=50,
     )
 
 
 def tuned(board: Board, calls: int, quick: bool, slack: float) -> tuple[Tuned, float]:
     """The tuned table, and the seconds of the processor that it took."""
-    n = board.n(calls) // (4 if quick else 1)
+    n = board.n // (4 if quick else 1)
     seconds = (0.1 if quick else 1.0) * board.seconds * slack
     before = time.process_time()
     found = fit(board, STARTS, calls, seconds, "all", n, board.starts)

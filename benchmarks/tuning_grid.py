@@ -36,7 +36,7 @@ def measure(name: str, here: Board, solver: TableSolver, calls: int, seconds: fl
         if (table := Candidate(solver, make, grid).table(SDE, calls)) is not None
     }
     fixed = {grid: scored(here, ends_of(here, table, x), wanted) for grid, table in tables.items()}
-    found = fit(here, solver, calls, seconds, "grid", here.n(calls), starts=3)
+    found = fit(here, solver, calls, seconds, "grid", here.n, starts=3)
     tuned = scored(here, ends_of(here, found.table, x), wanted)
     best = min(fixed, key=lambda grid: fixed[grid].rank())
     row = {

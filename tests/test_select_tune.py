@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scoresde import VPSDE, grids, sample, solvers
 from scoresde.denoiser import BaseDenoiser, Denoiser
@@ -16,9 +18,9 @@ from scoresde.networks import MLP
 from scoresde.noise import Noise
 from scoresde.sde import EDM, Rectified, SubVPSDE
 from scoresde.select import tune, tune_for
-from scoresde.select.tuning_fit import Best, Errors, Fit, Local, Point, _updated
+from scoresde.select.tuning_fit import Best, Errors, Fit, Local, Point, _updated, importance
 from scoresde.select.tuning_form import Space, natural
-from scoresde.select.tuning_runs import Noises
+from scoresde.select.tuning_runs import Noises, _chances
 from scoresde.tableau import Tableau
 
 F64 = torch.float64
@@ -218,7 +220,9 @@ def some_fit(n=24, seconds=60.0, flip=0.5):
     train, judge = noises(model, n, seed=2), noises(model, n, seed=4)
     solver = solvers.exponential(5, corrector=6, stored="flow", variable="sigma")
     make = lambda s: Noises(model, s.start, solver.solve(model, s.start, grids.quadratic(SDE, 60)).x, 4096)  # noqa: E731
-    return Fit(make(train), make(judge), flip, math.inf if seconds == 60.0 else seconds, lambda best: None)
+    return Fit(
+        make(train), make(judge), flip, math.inf if seconds == 60.0 else seconds, lambda best: None, 5.0
+    )
 
 
 def test_slopes_are_derivatives(unchecked):
@@ -250,7 +254,7 @@ def point_of(slopes, residuals, parameters):
 def test_equations_are_those_of_the_loss(unchecked):
     slopes, residuals, start = normals(3, 40, 2), normals(40, 2, seed=1), normals(3, seed=2)
     here = point_of(slopes, residuals, start)
-    local = Local.of(here, slopes, 1e9, 5.0)
+    local = Local.of(here, slopes, 1e9, 5.0, None)
     errors = here.residuals.norm(dim=1)
     assert local.width == pytest.approx(5 * errors.square().mean().sqrt().item())
     assert local.loss == pytest.approx(
@@ -268,7 +272,7 @@ def test_a_step_solves_a_linear_problem(unchecked):
     slopes, wanted = normals(3, 40, 2), normals(3, seed=2)
     residuals = -torch.einsum("p,pnd->nd", wanted, slopes) + 10 * normals(40, 2, seed=5)
     here = point_of(slopes, residuals, torch.zeros(3, dtype=F64))
-    local = Local.of(here, slopes, 1e9, 5.0)._replace(width=1e9)
+    local = Local.of(here, slopes, 1e9, 5.0, None)._replace(width=1e9)
     step, gain = local.step(0.0)
     damped, less = local.step(1.0)
     there = local.loss_at(point_of(slopes, residuals, step))
@@ -283,7 +287,9 @@ def test_flips_hardly_count(unchecked):
     slopes = torch.ones(1, 20, 1, dtype=F64)
     residuals = 0.01 * normals(20, 1)
     residuals[0] = 5.0
-    step, _ = Local.of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3, 5.0).step(0.0)
+    step, _ = Local.of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3, 5.0, None).step(
+        0.0
+    )
     rest = -residuals[1:].mean()
     assert abs(step[0] - rest) < 1e-3
     assert abs(-residuals.mean() - rest) > 0.2
@@ -292,15 +298,13 @@ def test_flips_hardly_count(unchecked):
 def test_a_fit_gains_and_keeps_its_best(unchecked):
     fit = some_fit()
     space = Space(SDE, solvers.dpmpp(2), grids.quadratic(SDE, 3), True, True)
-    zero = torch.zeros(len(space), dtype=F64)
-    best = Best(space.table(zero), fit._judged(space, zero))
-    untuned = best.errors
+    best = Best(space, torch.zeros(len(space), dtype=F64))
+    untuned = fit._judged(best.form)
     told = []
-    watched = Fit(fit.train, fit.judge, fit.flip, fit.until, lambda b: told.append(b.errors))
-    kept, enough = watched(space, best, zero)
-    assert enough and len(told) == len(best.history) > 3
+    replace(fit, tell=lambda b: told.append(b.errors))(best)
+    assert best.done and len(told) == len(best.history) > 3
     assert best.errors.rms < untuned.rms / 5
-    assert fit._judged(space, kept) == best.errors
+    assert fit._judged(best.form) == best.errors
     assert Errors.of(fit.judge.distances(natural(best.table)), fit.flip).rms == pytest.approx(best.errors.rms)
     assert best.errors.rms == min(judged for _, judged in best.history)
     assert best.history[-1][0] < best.history[0][0]
@@ -313,6 +317,127 @@ def test_errors():
     assert found.rank == found.rms + 0.4
     assert Errors(0.5, 0.1, 0.0).rank == 0.5
     assert Errors.of(torch.tensor([2.0], dtype=F64), 1.0).rms == math.inf
+
+
+# ---- noises that are drawn from more
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=20, max_size=20), st.integers(1, 19))
+def test_chances_are_proportional_or_certain(numbers, n):
+    importance = torch.tensor(numbers, dtype=F64)
+    found = _chances(importance, n)
+    assert found.sum() == pytest.approx(n)
+    free = found < 1
+    ratio = (found / importance)[free]
+    assert len(ratio) == 0 or ratio.max() / ratio.min() == pytest.approx(1)
+    assert bool((found[~free] == 1).all())
+    assert free.all() or not free.any() or importance[~free].min() >= importance[free].max()
+
+
+def test_draws_are_unbiased_and_differ():
+    """In 2000 draws each noise is met as often as it should be, so that weighted sums are those over all."""
+    importance = normals(40).abs() + 0.1
+    importance[7] = 50.0
+    all_of_them = noises(RING.denoiser(SDE), 40)
+    chance, met = _chances(importance, 10), torch.zeros(40, dtype=F64)
+    for number in range(2000):
+        some = all_of_them.drawn(importance, 10, number)
+        assert 9 <= len(some) <= 11
+        rows = (all_of_them.start[:, None] == some.start[None]).all(2).nonzero()[:, 0]
+        assert torch.equal(some.target, all_of_them.target[rows])
+        assert torch.allclose(some.weight, 1 / chance[rows])
+        met[rows] += 1 / 2000
+    assert (met - chance).abs().max() < 2e-3
+    assert met[7] == pytest.approx(1)
+    assert all_of_them.drawn(importance, 40) is all_of_them
+
+
+def test_what_is_drawn_keeps_its_condition():
+    class Points(BaseDenoiser):
+        sde = SDE
+
+        def forward(self, x, t, *, point):
+            return point.expand_as(x)
+
+    point = normals(20, 1, seed=7)
+    model = Points().given(point=point)
+    some = Noises(model, normals(20, 2), point.expand(20, 2), 8).drawn(torch.ones(20), 7)
+    table = solvers.ddim().tableau(SDE, grids.quadratic(SDE, 3))
+    assert some.distances(natural(table)).max() < 0.1 and len(some) == 7
+
+
+def test_importance():
+    """Half is the same for all, half is a noise's share of the weighted squares, in the mean over runs; of
+    samples that flip or are not finite no more than that of any."""
+    one, other = normals(50).abs(), 1e-3 * normals(50, seed=1).abs()
+    other[3], other[4] = math.inf, 8.0
+    shares = 0
+    for errors, flip in ((one, 9.0), (other, 9.0)):
+        width = 5 * errors[errors <= flip].square().mean().sqrt()
+        squares = errors.clamp(max=1e100) ** 2 / (1 + (errors.clamp(max=1e100) / width) ** 2)
+        shares = shares + squares / squares.mean() / 2
+    found = importance([one, other], 9.0)
+    assert torch.allclose(found, 0.5 + 0.5 * shares)
+    assert found.mean() == pytest.approx(1) and found.min() >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("errors", "flip"), [([0.0] * 4, 0.3), ([1.0, 2.0, 3.0, math.inf], 0.3), ([math.inf] * 4, 0.3)]
+)
+def test_what_matters_is_known_even_if_all_is_lost(errors, flip):
+    found = importance([torch.tensor(errors, dtype=F64)], flip)
+    assert found.isfinite().all() and found.min() >= 0.5 and found.max() <= 2
+
+
+def test_few_by_importance_tell_more_than_many():
+    """Where 1 % of errors are 30 times as large, the mean square of 100 drawn by the errors of another, like
+    run is 5 times as near to that of all as that of 100 drawn evenly."""
+    tail = torch.where(torch.arange(10_000) % 100 == 0, 30.0, 1.0)
+    errors = tail * normals(10_000, seed=1).abs()
+    like = errors * (0.2 * normals(10_000, seed=2)).exp()
+    everything = Noises(RING.denoiser(SDE), errors[:, None], errors[:, None], 1)
+    spread = {}
+    for name, shares in (("even", torch.ones(10_000)), ("drawn", importance([like], math.inf))):
+        found = []
+        for number in range(200):
+            some = everything.drawn(shares, 100, number)
+            found.append((some.weight * some.start[:, 0] ** 2).sum() / 10_000)
+        spread[name] = (torch.stack(found) / errors.square().mean() - 1).square().mean().sqrt()
+    assert spread["drawn"] < spread["even"] / 5
+
+
+def test_a_weight_is_a_number_of_noises(unchecked):
+    """A fit to noises of weights 1, 2 and 3 is the fit to so many of each: errors, equations, and the way."""
+    fit = some_fit(12)
+    times = torch.arange(12) % 3 + 1
+    repeated = torch.arange(12).repeat_interleave(times)
+
+    def weighted(of):
+        return replace(of, weight=5.0 * times.to(F64))
+
+    def written_out(of):
+        return replace(of, start=of.start[repeated], target=of.target[repeated])
+
+    space = Space(SDE, solvers.dpmpp(2), grids.quadratic(SDE, 3), True, True)
+    zero = torch.zeros(len(space), dtype=F64)
+    found = []
+    for change in (weighted, written_out):
+        changed = replace(fit, train=change(fit.train), judge=change(fit.judge))
+        found.append(Best(space, zero))
+        changed(found[-1])
+    one, other = found
+    assert list(one.errors) == pytest.approx(list(other.errors), rel=1e-5)
+    assert len(one.history) > 4 and one.history[-1][0] < one.history[0][0] / 2
+    assert torch.allclose(torch.tensor(one.history[:4]), torch.tensor(other.history[:4]), rtol=1e-6)
+    assert torch.allclose(one.parameters, other.parameters, atol=1e-3)
+
+
+def test_errors_of_weights():
+    errors, times = torch.tensor([0.1, 0.3, 0.2, 7.0, math.inf], dtype=F64), torch.tensor([3, 1, 2, 2, 1])
+    found = Errors.of(errors, 0.3, times.to(F64))
+    assert list(found) == pytest.approx(list(Errors.of(errors.repeat_interleave(times), 0.3)))
+    assert found.flips == pytest.approx(3 / 9)
+    assert list(Errors.of(errors, 0.3, 0.1 * times)) == pytest.approx(list(found))
 
 
 # ---- the whole
@@ -440,12 +565,28 @@ def test_a_float32_network(unchecked):
 # ---- falling back, stopping
 
 
+class Given(Space):
+    """Whatever the parameters, this table."""
+
+    def __init__(self, table):
+        object.__setattr__(self, "given", table)
+
+    def __len__(self):
+        return 1
+
+    def forms(self, parameters):
+        return natural(self.given)
+
+    def table(self, parameters):
+        return self.given
+
+
 def scripted(monkeypatch, act):
     """A fit that does what it is told."""
 
-    def call(self, space, best, start):
-        act(self, space, best)
-        return start, True
+    def call(self, best):
+        best.done = True
+        act(best)
 
     monkeypatch.setattr(Fit, "__call__", call)
     return tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, shape=(2,), n=64, starts=1, reference=20)
@@ -462,15 +603,15 @@ def is_fixed(found):
 
 
 def test_without_a_better_table_the_fixed_one_is_returned(monkeypatch, unchecked):
-    found = scripted(monkeypatch, lambda fit, space, best: None)
+    found = scripted(monkeypatch, lambda best: None)
     assert is_fixed(found) and found.report.start is None
     assert found.report.tuned == found.report.untuned
     assert found.report.more_flips == 1
 
 
 def test_a_table_withmore_flips_is_not_taken(monkeypatch, unchecked):
-    def worse(fit, space, best):
-        best.table = solvers.ddim().tableau(SDE, grids.uniform(SDE, 1))
+    def worse(best):
+        best.space = Given(solvers.ddim().tableau(SDE, grids.uniform(SDE, 1)))
         best.errors = Errors(0.0, 0.0, 0.0)
 
     assert is_fixed(scripted(monkeypatch, worse))
@@ -479,8 +620,8 @@ def test_a_table_withmore_flips_is_not_taken(monkeypatch, unchecked):
 def test_an_interrupted_fit_keeps_its_best(monkeypatch, unchecked):
     better = solvers.unipc(3).tableau(SDE, grids.quadratic(SDE, 25))
 
-    def stop(fit, space, best):
-        best.table, best.errors = better, Errors(1e-9, 0.0, 0.0)
+    def stop(best):
+        best.space = Given(better)
         raise KeyboardInterrupt
 
     found = scripted(monkeypatch, stop)
@@ -554,35 +695,58 @@ def test_only_laws_are_known(unchecked):
 
 
 def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch, unchecked):
-    """By a clock that stands still: 0.6 of the time for three starts, a third, half of the rest, the rest."""
-    module, limits, fits = importlib.import_module("scoresde.select.tune"), [], []
+    """By a clock that stands still: 0.6 of the time for three starts, a third, half of the rest, the rest; of
+    what is left of each for the grid alone a quarter. The best of the starts is the best on all noises."""
+    fits, spaces = [], []
+    goals = [solvers.unipc(2).tableau(SDE, grids.quadratic(SDE, k)) for k in (6, 12, 9)]
 
-    def in_stages(task, sets, candidate, best, until, tell):
-        limits.append(until - 100.0)
-        best.errors = Errors([3.0, 1.0, 2.0][len(limits) - 1], 0.0, 0.0)
-        return f"space {len(limits)}", f"place {len(limits)}", len(limits) != 1
+    def fit(self, best):
+        fits.append((self.width, self.until - 100.0, float(best.parameters.sum())))
+        spaces.append(best.space)
+        if len(fits) in (2, 4, 6):
+            best.space = Given(goals[len(fits) // 2 - 1])
+        best.parameters, best.errors = best.parameters + 0.1, Errors(float(len(fits) == 4), 0.0, 0.0)
+        best.done = len(fits) != 1
 
-    def fit(self, space, best, start):
-        fits.append((len(self.train), self.until - 100.0, space, best.errors.rms, start))
-        return start, True
-
-    monkeypatch.setattr(module.time, "perf_counter", lambda: 100.0)
-    monkeypatch.setattr(module, "_in_stages", in_stages)
+    monkeypatch.setattr(tune_module.time, "perf_counter", lambda: 100.0)
     monkeypatch.setattr(Fit, "__call__", fit)
-    found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 12.0, shape=(2,), n=64, starts=3, reference=20)
-    assert limits == pytest.approx([2.4, 3.6, 7.2])
-    assert fits == [(64, 12.0, "space 2", 1.0, "place 2")]
-    assert found.report.status == "out of time"  # one of the starts had not enough
+    model = RING.denoiser(SDE)
+    found = tune(model, solvers.unipc(2), 4, 12.0, "all", shape=(2,), n=64, starts=3, reference=20)
+    assert [width for width, _, _ in fits] == [5.0] * 7 + [20.0]
+    assert [until for _, until, _ in fits] == pytest.approx([0.6, 2.4, 0.9, 3.6, 1.8, 7.2, 12.0, 12.0])
+    assert spaces[6].given is goals[1] and spaces[7].given is goals[1]
+    assert fits[6][2] == pytest.approx(fits[3][2] + 0.1 * 16)
+    assert fits[7][2] == pytest.approx(fits[6][2] + 0.1 * 16)
+    assert torch.equal(found.table.times, goals[1].times)
+    assert found.report.status == "out of time"  # one of the fits had not enough
 
 
-def test_scouts_fit_on_a_share_that_determines_them(monkeypatch, unchecked):
-    """A quarter of the noises, or eight numbers a parameter; the last fit, on all, goes on from there."""
-    seen = []
+def test_fits_are_on_noises_enough_for_their_parameters(monkeypatch, unchecked):
+    """A 32nd of the noises for scouts, a quarter then, or eight numbers a parameter, at least 24; a quarter
+    to judge by. No two fits have the same ones."""
+    seen, met = [], []
 
-    def fit(self, space, best, start):
-        seen.append((len(self.train), len(space), float(start.sum())))
-        return torch.full((len(space),), 0.01, dtype=F64), True
+    def fit(self, best):
+        met.extend((self.train.start, self.judge.start))
+        seen.append((len(self.train), len(self.judge), len(best.space), self.width))
 
     monkeypatch.setattr(Fit, "__call__", fit)
-    tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=128, starts=1, reference=20)
-    assert seen == [(32, 4, 0.0), (64, 16, 0.0), (128, 16, pytest.approx(0.16))]
+    tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=600, starts=1, reference=20)
+    assert seen == [(24, 150, 4, 5.0), (64, 150, 16, 5.0), (150, 150, 16, 5.0), (150, 150, 16, 20.0)]
+    assert all(not torch.equal(one, other) for k, one in enumerate(met) for other in met[:k])
+
+
+def test_the_best_fit_on_all_noises_is_taken(monkeypatch, unchecked):
+    """Whatever the fits say of the noises drawn."""
+    said = [(25, 1e-3), (20, 1e-9), (22, 1e-6)]
+    tables = [solvers.unipc(3).tableau(SDE, grids.quadratic(SDE, steps)) for steps, _ in said]
+
+    def fit(self, best):
+        if left:
+            k = left.pop(0)
+            best.space, best.errors = Given(tables[k]), Errors(said[k][1], 0.0, 0.0)
+
+    left = [0, 1, 2]
+    monkeypatch.setattr(Fit, "__call__", fit)
+    found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, shape=(2,), n=64, starts=3, reference=60)
+    assert torch.equal(found.table.times, tables[0].times)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from ..tableau import Tableau
 from .candidates import GRIDS, Candidate
 from .measures import FLIP
 from .references import USUAL
-from .tuning_fit import WIDTHS, Best, Errors, Fit
+from .tuning_fit import WIDTHS, Best, Errors, Fit, importance
 from .tuning_form import Space, natural
 from .tuning_runs import Meter, Noises, distance
 
@@ -37,8 +38,11 @@ STAGES = {
 USUAL_FIRST = {name: GRIDS[name] for name in ("quadratic", "karras(rho=7)")} | GRIDS
 SCREENED, SHORTLIST = 64, 16  # noises that every configuration runs on; those that run on all of them
 SCREENING = 0.3  # of the time
-SCOUTING = 0.6  # of the time that is left then: fits from all starts, on a share of the noises that has at
-SHARE, NUMBERS = 0.25, 8  # least so many numbers for each parameter
+SCOUTING = 0.6  # of the time that is left then: fits from all starts
+# How many noises are drawn from a set: to fit on from every start, from the best end, and to judge by; and at
+# least so many, and so many numbers for each parameter.
+SCOUTS, FITTED, JUDGED = 1 / 32, 1 / 4, 1 / 4
+LEAST, NUMBERS = 24, 8
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
@@ -197,11 +201,12 @@ def tune(
 
     The error is the distance to the probability-flow solution from the same noise. Three sets of n noises
     (samples 0..3n-1 of the seed) are taken to their ends with `reference` steps of the solver that is
-    `compare`'s reference. All solvers run on all grids; from the `starts` best ones the table is fitted on
-    some of the first set, and from the best end of these on all of it, by Levenberg-Marquardt from
-    evaluations of the model alone (see `tuning_fit`); of all tables on the way the one that is best on the
-    second set is kept, and reported on the third beside the best fixed one. Where no table is better there,
-    or it sends significantly more samples to other ends, the fixed one is returned.
+    `compare`'s reference. All solvers run on all grids; from the `starts` best ones the table is fitted on a
+    few noises of the first set, and from the best end of these on more, by Levenberg-Marquardt from
+    evaluations of the model alone (see `tuning_fit`); which noises is drawn, those with large errors more
+    often. Of all tables on the way those that are best on noises drawn from the second set are kept, the best
+    of these on the whole set is taken, and reported on the third beside the best fixed one. Where no table is
+    better there, or it sends significantly more samples to other ends, the fixed one is returned.
 
     solver     a deterministic TableSolver, or several
     what       "grid": the times, with the solver's own coefficients, which then suit other models of such
@@ -323,26 +328,25 @@ def _sampled(
 
 def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
     """Choose, fit, choose, report."""
-    meter, status, fits = sets.train.meter, "finished", []
+    meter, fits = sets.train.meter, []
     with _bar(task.seconds, started, progress) as tell:
         ranked, tried = _ranked(task, sets, started + SCREENING * task.seconds)
-        fixed, fixed_table = ranked[0]
+        fixed, fixed_table, _ = ranked[0]
         before = time.perf_counter()
         untuned = sets.judge.distances(natural(fixed_table))
         # Of the runs that are still to come each takes as long as this one.
-        until = started + task.seconds - 4 * (time.perf_counter() - before)
+        runs = task.starts * (len(task.stages) + 1) + len(WIDTHS) + 2
+        until = started + task.seconds - runs * (time.perf_counter() - before)
         try:
-            if not _fitted(task, sets, _spread(ranked, task.starts), fits, until, tell):
-                status = "out of time"
+            _fitted(task, sets, _spread(ranked, task.starts), fits, until, tell)
+            status = "finished" if all(fit.best.done for fit in fits) else "out of time"
         except KeyboardInterrupt:
             status = "interrupted"
-        table, start = fixed_table, None
-        better = [fit for fit in fits if fit[1].errors.rank < Errors.of(untuned, sets.flip).rank]
-        for candidate, best in sorted(better, key=lambda fit: fit[1].errors.rank):
-            flips = more_flips(untuned, sets.judge.distances(natural(best.table)), sets.flip)
-            if flips >= SUSPECT:
-                table, start = best.table, candidate.name
-                break
+        table, start, lowest = fixed_table, None, Errors.of(untuned, sets.flip).rank
+        for fit in fits:
+            few = more_flips(untuned, fit.distances, sets.flip) >= SUSPECT
+            if few and (rank := Errors.of(fit.distances, sets.flip).rank) < lowest:
+                table, start, lowest = fit.best.table, fit.candidate.name, rank
         before, after = (sets.held_out.distances(natural(t)) for t in (fixed_table, table))
     report = Report(
         untuned_name=fixed.name,
@@ -360,15 +364,20 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
         n=None if sets.seed is None else len(sets.held_out),
         seed=sets.seed,
         status=status,
-        history=tuple(entry for _, best in fits for entry in best.history),
+        history=tuple(entry for fit in fits for entry in fit.best.history),
     )
     return Tuned(table, report)
 
 
-Ranked = list[tuple[Candidate, Tableau]]
+class Start(NamedTuple):
+    """A fixed configuration: its table, and how far from their ends that takes the noises fitted on, (n,)."""
+
+    candidate: Candidate
+    table: Tableau
+    distances: Tensor
 
 
-def _ranked(task: Task, sets: Sets, until: float) -> tuple[Ranked, int]:
+def _ranked(task: Task, sets: Sets, until: float) -> tuple[list[Start], int]:
     """Fixed configurations, best first, and how many were tried: all (as far as there is time) on the first
     noises, the best of those on the whole set."""
     few, tried = sets.train.first(SCREENED), []
@@ -376,61 +385,86 @@ def _ranked(task: Task, sets: Sets, until: float) -> tuple[Ranked, int]:
         table = candidate.table(task.sde, task.calls, task.end)
         if table is not None and not (tried and time.perf_counter() > until):
             tried.append((Errors.of(few.distances(natural(table)), sets.flip).rank, candidate, table))
-    short = [entry[1:] for entry in sorted(tried, key=lambda entry: entry[0])[:SHORTLIST]]
-    ranks = [Errors.of(sets.train.distances(natural(table)), sets.flip).rank for _, table in short]
-    return [short[k] for k in sorted(range(len(short)), key=ranks.__getitem__)], len(tried)
+    short = sorted(tried, key=lambda entry: entry[0])[:SHORTLIST]
+    starts = [Start(c, table, sets.train.distances(natural(table))) for _, c, table in short]
+    return sorted(starts, key=lambda start: Errors.of(start.distances, sets.flip).rank), len(tried)
 
 
-def _spread(ranked: Ranked, starts: int) -> Ranked:
+def _spread(ranked: list[Start], starts: int) -> list[Start]:
     """The best configuration of each solver, then the next best ones."""
-    firsts = {repr(entry[0].solver): k for k, entry in reversed(list(enumerate(ranked)))}
+    firsts = {repr(entry.candidate.solver): k for k, entry in reversed(list(enumerate(ranked)))}
     order = sorted(range(len(ranked)), key=lambda k: (k not in firsts.values(), k))
     return [ranked[k] for k in order[:starts]]
+
+
+@dataclass(eq=False)
+class Attempt:
+    """A fit: the configuration that it comes from, its best parameters, and the distances (n,) of these on
+    all the noises that tables are chosen on, to be asked for when it has ended."""
+
+    candidate: Candidate
+    best: Best
+    sets: Sets
+
+    @cached_property
+    def distances(self) -> Tensor:
+        return self.sets.judge.distances(self.best.form)
+
+    @property
+    def rank(self) -> float:
+        return Errors.of(self.distances, self.sets.flip).rank
 
 
 def _fitted(
     task: Task,
     sets: Sets,
-    chosen: Ranked,
-    fits: list[tuple[Candidate, Best]],
+    chosen: list[Start],
+    fits: list[Attempt],
     until: float,
     tell: Callable[[Best], None],
-) -> bool:
-    """Fit from every start on some of the noises, for where a fit ends depends on where it starts, and from
-    the best end on all. `fits` gets (start, best) of each. Whether there was time enough."""
-    ends, enough, now = [], True, time.perf_counter()
+) -> None:
+    """Fit from every start on a few noises, for where a fit ends depends on where it starts, and from the
+    best end on more. `fits` gets each before it begins."""
+    runs = [sets.judge.distances(natural(start.table)) for start in chosen]
+    shares = importance([start.distances for start in chosen], sets.flip), importance(runs, sets.flip)
+
+    def fit(candidate: Candidate, best: Best, share: float, width: float, limit: float) -> Best:
+        """On noises of its own, so that none is judged by those that another was lucky on."""
+        fits.append(Attempt(candidate, best, sets))
+        few = _drawn(sets.train, shares[0], share, len(best.space), len(fits))
+        judge = _drawn(sets.judge, shares[1], JUDGED, 0, len(fits))
+        Fit(few, judge, sets.flip, limit, tell, width)(best)
+        return best
+
+    ends, now = [], time.perf_counter()
     scouted = now + SCOUTING * (until - now)
-    for k, (candidate, table) in enumerate(chosen):
+    for k, (candidate, _, _) in enumerate(chosen):
         now = time.perf_counter()
         limit = now + (scouted - now) / (len(chosen) - k)
-        best = Best(table, Errors.of(sets.judge.distances(natural(table)), sets.flip))
-        fits.append((candidate, best))
-        space, parameters, done = _in_stages(task, sets, candidate, best, limit, tell)
-        ends.append((best.errors.rank, k, space, parameters))
-        enough = enough and done
-    _, k, space, parameters = min(ends)
-    _, done = Fit(sets.train, sets.judge, sets.flip, until, tell)(space, fits[k][1], parameters)
-    return enough and done
+        _in_stages(task, candidate, limit, partial(fit, candidate, share=SCOUTS, width=WIDTHS[0]))
+        ends.append(fits[-1])
+    end = min(ends, key=lambda end: end.rank)
+    best = end.best
+    for width in WIDTHS:
+        best = fit(end.candidate, Best(best.space, best.parameters), FITTED, width, until)
 
 
-def _in_stages(
-    task: Task, sets: Sets, candidate: Candidate, best: Best, until: float, tell: Callable[[Best], None]
-) -> tuple[Space, Tensor, bool]:
-    """Fit what may change, on some of the noises, each stage from the best grid of the one before: the last
-    stage's space, the best parameters there, and whether there was time enough."""
+def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[..., Best]) -> None:
+    """Fit what may change, each stage from the best grid of the one before."""
     steps = candidate.steps(task.calls)
     assert steps is not None  # it has a table
     grid = candidate.grid(task.sde, steps, task.end)
     for k, (moves, free) in enumerate(task.stages, 1):
         space, now = Space(task.sde, candidate.solver, grid, moves, free), time.perf_counter()
-        last = k == len(task.stages)
-        limit = until if last else now + EARLY * (until - now)
-        least = NUMBERS * len(space) / max(sets.train.start[0].numel(), 1)
-        some = sets.train.first(math.ceil(max(SHARE * len(sets.train), least)))
-        fit = Fit(some, sets.judge, sets.flip, limit, tell, WIDTHS if last else WIDTHS[:1])
-        parameters, enough = fit(space, best, torch.zeros(len(space), dtype=torch.float64))
-        grid = space.moved(parameters[: len(grid)]) if moves else grid
-    return space, parameters, enough
+        limit = until if k == len(task.stages) else now + EARLY * (until - now)
+        best = fit(Best(space, torch.zeros(len(space), dtype=torch.float64)), limit=limit)
+        grid = space.moved(best.parameters[: len(grid)]) if moves else grid
+
+
+def _drawn(noises: Noises, shares: Tensor, share: float, parameters: int, number: int) -> Noises:
+    """A share of the noises, and enough for some parameters."""
+    least = NUMBERS * parameters / max(noises.start[0].numel(), 1)
+    return noises.drawn(shares, math.ceil(max(share * len(noises), least, LEAST)), number)
 
 
 def more_flips(before: Tensor, after: Tensor, flip: float) -> float:

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..denoiser import BaseDenoiser, checked
 from .tuning_form import Form
 
+GOLDEN = (5**0.5 - 1) / 2
+
 
 @dataclass
 class Meter:
@@ -30,22 +32,36 @@ class Trace(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Noises:
     """A model, states (n, ...) at t_max, and where the probability flow takes them; at most `batch` samples
-    in a call of the model."""
+    in a call of the model. Where they are drawn from more, `weight` (n,) is how many each stands for."""
 
     model: BaseDenoiser
     start: Tensor
     target: Tensor
     batch: int
     meter: Meter = field(default_factory=Meter)
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.start)
 
     def first(self, n: int) -> Noises:
         """The first n."""
-        some = torch.arange(min(n, len(self)), device=self.start.device)
+        return self._some(torch.arange(min(n, len(self)), device=self.start.device))
+
+    def drawn(self, importance: Tensor, n: int, number: int = 0) -> Noises:
+        """n of them, each with a probability ~ importance (N,) but at most 1, which weights make up for: sums
+        of `weight * f` are those over all, in the mean over draws (Horvitz & Thompson 1952). Systematically,
+        one in each nth of the sum of probabilities (Madow 1949), from another place for another `number`."""
+        if n >= len(self):
+            return self
+        chance = _chances(importance.double().cpu(), n)
+        place = chance.cumsum(0) + GOLDEN * (number + 1) % 1
+        some = (place.floor() > (place - chance).floor()).nonzero()[:, 0].to(self.start.device)
+        return self._some(some, 1 / chance.to(some.device)[some])
+
+    def _some(self, some: Tensor, weight: Tensor | None = None) -> Noises:
         model = self.model.narrowed(some, len(self))
-        return Noises(model, self.start[some], self.target[some], self.batch, self.meter)
+        return Noises(model, self.start[some], self.target[some], self.batch, self.meter, weight)
 
     def distances(self, form: Form) -> Tensor:
         """(n,): how far from the target the table of a form of one ends; see `distance`."""
@@ -87,15 +103,27 @@ class Noises:
 
     def _denoised(self, x: Tensor, t: Tensor) -> Tensor:
         """D of states (M, n, ...) at times (M,)."""
-        n, flat = len(self), x.flatten(0, 1)
-        clock = t.to(x.device).repeat_interleave(n)
-        made = []
-        for some in torch.arange(len(flat), device=x.device).split(self.batch):
-            model = self.model.narrowed(some % n, n)
-            made.append(checked(model(flat[some], clock[some]), flat[some]))
+        n, flat, made = len(self), x.flatten(0, 1), []
+        for some in torch.arange(len(flat)).split(self.batch):
+            times = t[some // n]
+            # One time for all costs some models less than one for each.
+            times = times[0] if bool((times == times[0]).all()) else times
+            rows = some.to(x.device)
+            model = self.model.narrowed(rows % n, n)
+            made.append(checked(model(flat[rows], times.to(x.device)), flat[rows]))
             self.meter.calls += 1
             self.meter.samples += len(some)
         return torch.cat(made).view(x.shape)
+
+
+def _chances(importance: Tensor, n: int) -> Tensor:
+    """min(1, c importance) (N,) with the c for which they sum to n < N: if the k largest are certain, c is
+    (n - k)/(sum of the others)."""
+    largest = importance.sort(descending=True).values
+    others = largest.flip(0).cumsum(0).flip(0)
+    scale = (n - torch.arange(n)) / others[:n]
+    certain = int((scale * largest[:n] > 1).sum())
+    return (scale[min(certain, n - 1)] * importance).clamp(max=1)
 
 
 def distance(ends: Tensor, target: Tensor) -> Tensor:
