@@ -36,12 +36,12 @@ STAGES = {
 }
 # The usual grids come first, for there may not be time for all.
 USUAL_FIRST = {name: GRIDS[name] for name in ("quadratic", "karras(rho=7)")} | GRIDS
-SCREENED, SHORTLIST = 64, 16  # noises that every configuration runs on; those that run on all of them
+SCREENED, RANKED, SHORTLIST = 64, 512, 16  # noises that every configuration runs on; that the best ones do
 SCREENING = 0.3  # of the time
 SCOUTING = 0.6  # of the time that is left then: fits from all starts
 # How many noises are drawn from a set: to fit on from every start, from the best end, and to judge by; and at
 # least so many, and so many numbers for each parameter.
-SCOUTS, FITTED, JUDGED = 1 / 32, 1 / 4, 1 / 4
+SCOUTS, FITTED, JUDGED = 1 / 32, 1 / 8, 1 / 4
 LEAST, NUMBERS = 24, 8
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
@@ -331,11 +331,11 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
     meter, fits = sets.train.meter, []
     with _bar(task.seconds, started, progress) as tell:
         ranked, tried = _ranked(task, sets, started + SCREENING * task.seconds)
-        fixed, fixed_table, _ = ranked[0]
+        fixed, fixed_table = ranked[0]
         before = time.perf_counter()
         untuned = sets.judge.distances(natural(fixed_table))
         # Of the runs that are still to come each takes as long as this one.
-        runs = task.starts * (len(task.stages) + 1) + len(WIDTHS) + 2
+        runs = task.starts * (len(task.stages) + 2) + len(WIDTHS) + 2
         until = started + task.seconds - runs * (time.perf_counter() - before)
         try:
             _fitted(task, sets, _spread(ranked, task.starts), fits, until, tell)
@@ -369,30 +369,25 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
     return Tuned(table, report)
 
 
-class Start(NamedTuple):
-    """A fixed configuration: its table, and how far from their ends that takes the noises fitted on, (n,)."""
-
-    candidate: Candidate
-    table: Tableau
-    distances: Tensor
+Ranked = list[tuple[Candidate, Tableau]]
 
 
-def _ranked(task: Task, sets: Sets, until: float) -> tuple[list[Start], int]:
+def _ranked(task: Task, sets: Sets, until: float) -> tuple[Ranked, int]:
     """Fixed configurations, best first, and how many were tried: all (as far as there is time) on the first
-    noises, the best of those on the whole set."""
-    few, tried = sets.train.first(SCREENED), []
+    noises, the best of those on more."""
+    few, more, tried = sets.train.first(SCREENED), sets.train.first(RANKED), []
     for candidate in task.candidates:
         table = candidate.table(task.sde, task.calls, task.end)
         if table is not None and not (tried and time.perf_counter() > until):
             tried.append((Errors.of(few.distances(natural(table)), sets.flip).rank, candidate, table))
-    short = sorted(tried, key=lambda entry: entry[0])[:SHORTLIST]
-    starts = [Start(c, table, sets.train.distances(natural(table))) for _, c, table in short]
-    return sorted(starts, key=lambda start: Errors.of(start.distances, sets.flip).rank), len(tried)
+    short = [entry[1:] for entry in sorted(tried, key=lambda entry: entry[0])[:SHORTLIST]]
+    ranks = [Errors.of(more.distances(natural(table)), sets.flip).rank for _, table in short]
+    return [short[k] for k in sorted(range(len(short)), key=ranks.__getitem__)], len(tried)
 
 
-def _spread(ranked: list[Start], starts: int) -> list[Start]:
+def _spread(ranked: Ranked, starts: int) -> Ranked:
     """The best configuration of each solver, then the next best ones."""
-    firsts = {repr(entry.candidate.solver): k for k, entry in reversed(list(enumerate(ranked)))}
+    firsts = {repr(entry[0].solver): k for k, entry in reversed(list(enumerate(ranked)))}
     order = sorted(range(len(ranked)), key=lambda k: (k not in firsts.values(), k))
     return [ranked[k] for k in order[:starts]]
 
@@ -418,27 +413,31 @@ class Attempt:
 def _fitted(
     task: Task,
     sets: Sets,
-    chosen: list[Start],
+    chosen: Ranked,
     fits: list[Attempt],
     until: float,
     tell: Callable[[Best], None],
 ) -> None:
     """Fit from every start on a few noises, for where a fit ends depends on where it starts, and from the
     best end on more. `fits` gets each before it begins."""
-    runs = [sets.judge.distances(natural(start.table)) for start in chosen]
-    shares = importance([start.distances for start in chosen], sets.flip), importance(runs, sets.flip)
+    forms = [natural(table) for _, table in chosen]
+    train, judge = (
+        partial(noises.drawn, importance([noises.distances(form) for form in forms], sets.flip))
+        for noises in (sets.train, sets.judge)
+    )
 
     def fit(candidate: Candidate, best: Best, share: float, width: float, limit: float) -> Best:
         """On noises of its own, so that none is judged by those that another was lucky on."""
         fits.append(Attempt(candidate, best, sets))
-        few = _drawn(sets.train, shares[0], share, len(best.space), len(fits))
-        judge = _drawn(sets.judge, shares[1], JUDGED, 0, len(fits))
-        Fit(few, judge, sets.flip, limit, tell, width)(best)
+        least = max(LEAST, NUMBERS * len(best.space) / max(sets.train.start[0].numel(), 1))
+        few = train(math.ceil(max(share * len(sets.train), least)), len(fits))
+        others = judge(math.ceil(max(JUDGED * len(sets.judge), LEAST)), len(fits))
+        Fit(few, others, sets.flip, limit, tell, width)(best)
         return best
 
     ends, now = [], time.perf_counter()
     scouted = now + SCOUTING * (until - now)
-    for k, (candidate, _, _) in enumerate(chosen):
+    for k, (candidate, _) in enumerate(chosen):
         now = time.perf_counter()
         limit = now + (scouted - now) / (len(chosen) - k)
         _in_stages(task, candidate, limit, partial(fit, candidate, share=SCOUTS, width=WIDTHS[0]))
@@ -459,12 +458,6 @@ def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[...
         limit = until if k == len(task.stages) else now + EARLY * (until - now)
         best = fit(Best(space, torch.zeros(len(space), dtype=torch.float64)), limit=limit)
         grid = space.moved(best.parameters[: len(grid)]) if moves else grid
-
-
-def _drawn(noises: Noises, shares: Tensor, share: float, parameters: int, number: int) -> Noises:
-    """A share of the noises, and enough for some parameters."""
-    least = NUMBERS * parameters / max(noises.start[0].numel(), 1)
-    return noises.drawn(shares, math.ceil(max(share * len(noises), least, LEAST)), number)
 
 
 def more_flips(before: Tensor, after: Tensor, flip: float) -> float:
