@@ -39,10 +39,10 @@ USUAL_FIRST = {name: GRIDS[name] for name in ("quadratic", "karras(rho=7)")} | G
 SCREENED, RANKED, SHORTLIST = 64, 512, 16  # noises that every configuration runs on; that the best ones do
 SCREENING = 0.3  # of the time
 SCOUTING = 0.6  # of the time that is left then: fits from all starts
-# How many noises are drawn from a set: to fit on from every start, from the best end, and to judge by; and at
-# least so many, and so many numbers for each parameter.
-SCOUTS, FITTED, JUDGED = 1 / 32, 1 / 8, 1 / 4
-LEAST, NUMBERS = 24, 8
+# What is drawn from a set, as a share of it and at least: to fit on from every start, from the best end, and
+# to judge by. Fits get at least so many numbers for each parameter.
+SCOUTS, FITTED, JUDGED = (1 / 32, 24), (1 / 8, 64), (1 / 4, 64)
+NUMBERS = 8
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
@@ -426,13 +426,12 @@ def _fitted(
         for noises in (sets.train, sets.judge)
     )
 
-    def fit(candidate: Candidate, best: Best, share: float, width: float, limit: float) -> Best:
+    def fit(candidate: Candidate, best: Best, n: tuple[float, int], width: float, limit: float) -> Best:
         """On noises of its own, so that none is judged by those that another was lucky on."""
         fits.append(Attempt(candidate, best, sets))
-        least = max(LEAST, NUMBERS * len(best.space) / max(sets.train.start[0].numel(), 1))
-        few = train(math.ceil(max(share * len(sets.train), least)), len(fits))
-        others = judge(math.ceil(max(JUDGED * len(sets.judge), LEAST)), len(fits))
-        Fit(few, others, sets.flip, limit, tell, width)(best)
+        enough = NUMBERS * len(best.space) / max(sets.train.start[0].numel(), 1)
+        few = train(_number(sets.train, n, enough), len(fits))
+        Fit(few, judge(_number(sets.judge, JUDGED), len(fits)), sets.flip, limit, tell, width)(best)
         return best
 
     ends, now = [], time.perf_counter()
@@ -440,12 +439,18 @@ def _fitted(
     for k, (candidate, _) in enumerate(chosen):
         now = time.perf_counter()
         limit = now + (scouted - now) / (len(chosen) - k)
-        _in_stages(task, candidate, limit, partial(fit, candidate, share=SCOUTS, width=WIDTHS[0]))
+        _in_stages(task, candidate, limit, partial(fit, candidate, n=SCOUTS, width=WIDTHS[0]))
         ends.append(fits[-1])
     end = min(ends, key=lambda end: end.rank)
     best = end.best
     for width in WIDTHS:
         best = fit(end.candidate, Best(best.space, best.parameters), FITTED, width, until)
+
+
+def _number(noises: Noises, n: tuple[float, int], enough: float = 0.0) -> int:
+    """A share of the noises, at least a number, and enough."""
+    share, least = n
+    return math.ceil(max(share * len(noises), least, enough))
 
 
 def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[..., Best]) -> None:
