@@ -722,7 +722,7 @@ def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch
 
 
 def test_fits_are_on_noises_enough_for_their_parameters(monkeypatch, unchecked):
-    """A 32nd of the noises for scouts, an eighth then, or eight numbers a parameter, at least 24; a quarter
+    """A 32nd of the noises for scouts, a quarter then, or eight numbers a parameter, at least 24; a quarter
     to judge by. No two fits have the same ones."""
     seen, met = [], []
 
@@ -732,7 +732,7 @@ def test_fits_are_on_noises_enough_for_their_parameters(monkeypatch, unchecked):
 
     monkeypatch.setattr(Fit, "__call__", fit)
     tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=600, starts=1, reference=20)
-    assert seen == [(24, 150, 4, 5.0), (64, 150, 16, 5.0), (75, 150, 16, 5.0), (75, 150, 16, 20.0)]
+    assert seen == [(24, 150, 4, 5.0), (64, 150, 16, 5.0), (150, 150, 16, 5.0), (150, 150, 16, 20.0)]
     assert all(not torch.equal(one, other) for k, one in enumerate(met) for other in met[:k])
 
 

@@ -41,7 +41,7 @@ SCREENING = 0.3  # of the time
 SCOUTING = 0.6  # of the time that is left then: fits from all starts
 # What is drawn from a set, as a share of it and at least: to fit on from every start, from the best end, and
 # to judge by. Fits get at least so many numbers for each parameter.
-SCOUTS, FITTED, JUDGED = (1 / 32, 24), (1 / 8, 64), (1 / 4, 64)
+SCOUTS, FITTED, JUDGED = (1 / 32, 24), (1 / 4, 64), (1 / 4, 64)
 NUMBERS = 8
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
