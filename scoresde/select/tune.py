@@ -344,9 +344,8 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
             status = "interrupted"
         table, start, lowest = fixed_table, None, Errors.of(untuned, sets.flip).rank
         for fit in fits:
-            few = more_flips(untuned, fit.distances, sets.flip) >= SUSPECT
-            if few and (rank := Errors.of(fit.distances, sets.flip).rank) < lowest:
-                table, start, lowest = fit.best.table, fit.candidate.name, rank
+            if fit.rank < lowest and more_flips(untuned, fit.distances, sets.flip) >= SUSPECT:
+                table, start, lowest = fit.best.table, fit.candidate.name, fit.rank
         before, after = (sets.held_out.distances(natural(t)) for t in (fixed_table, table))
     report = Report(
         untuned_name=fixed.name,

@@ -49,7 +49,7 @@ class Errors(NamedTuple):
     @classmethod
     def of(cls, errors: Tensor, flip: float, weight: Tensor | None = None) -> Errors:
         """Of errors (n,), each of them of `weight` (n,) noises."""
-        weight = torch.ones_like(errors) if weight is None else weight / weight.mean()
+        weight = torch.ones_like(errors) if weight is None else weight
         far = errors > flip
         rms = _mean(errors[~far].square(), weight[~far]) ** 0.5 if not bool(far.all()) else math.inf
         order = errors.argsort()
@@ -69,7 +69,7 @@ class Best:
 
     space: Space
     parameters: Tensor
-    errors: Errors = field(default=Errors(math.inf, 1.0, math.inf))
+    errors: Errors = Errors(math.inf, 1.0, math.inf)
     history: list[tuple[float, float]] = field(default_factory=list)
     done: bool = False
 
