@@ -60,8 +60,6 @@ from .peers import ETAS
 
 END = 1e-3
 SAMPLES = {"narrow": 512, "choose": 4096, "report": 32768}
-# The subspace has the smallest errors beside its floor.
-FACTOR = {"subspace": 8}
 DIRECTIONS, REPEATS, FLOOR = 64, 32, 1e-12
 
 QUARTIC = partial(grids.power, exponent=4)
@@ -191,8 +189,7 @@ def on_samples(name: str, quick: bool) -> Measure:
     alike = Gaussian(law.mean, law.cov)
     screen, sets = on_gaussian(alike, alike), {}
     for stage, n in SAMPLES.items():
-        count = n // 8 if quick else n * FACTOR.get(name, 1)
-        generator = torch.Generator().manual_seed(len(sets))
+        count, generator = (n // 8 if quick else n), torch.Generator().manual_seed(len(sets))
         x = law.marginal(SDE, 1.0).sample(count, generator=generator)
         sets[stage] = x, Sliced(target, directions, count, generator, turns)
 

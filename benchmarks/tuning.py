@@ -88,16 +88,16 @@ def board(name: str) -> Board:
         model, shape = checkpoint.load(PATH).eval(), digits.SHAPE
         noise = partial(_normal, shape, torch.float32)
         label = lambda n: {"label": digits.labels(n)}  # noqa: E731
-        return Board(model, shape, 640, 512, 128, 590.0, 3, 64, noise, label)
+        return Board(model, shape, 640, 512, 128, 590.0, 6, 64, noise, label)
     law = problems.problem(name)
     noise = partial(_normal, (law.dim,), torch.float64)
     if name == "subspace":
         inside = problems.inside()
         turned = lambda n, seed: problems.to_inside(noise(n, seed))  # noqa: E731
         shape, denoiser = (inside.dim,), inside.denoiser(SDE)
-        return Board(denoiser, shape, 2048, 1024, 64, 110.0, 4, law.dim, turned)
+        return Board(denoiser, shape, 2048, 1024, 64, 115.0, 6, law.dim, turned)
     batch = 2**14 if name == "ring" else 64
-    return Board(law.denoiser(SDE), (law.dim,), 4096, 4096, batch, 110.0, 4, law.dim, noise)
+    return Board(law.denoiser(SDE), (law.dim,), 4096, 4096, batch, 115.0, 6, law.dim, noise)
 
 
 class Run(NamedTuple):

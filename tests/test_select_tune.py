@@ -220,9 +220,7 @@ def some_fit(n=24, seconds=60.0, flip=0.5):
     train, judge = noises(model, n, seed=2), noises(model, n, seed=4)
     solver = solvers.exponential(5, corrector=6, stored="flow", variable="sigma")
     make = lambda s: Noises(model, s.start, solver.solve(model, s.start, grids.quadratic(SDE, 60)).x, 4096)  # noqa: E731
-    return Fit(
-        make(train), make(judge), flip, math.inf if seconds == 60.0 else seconds, lambda best: None, 5.0
-    )
+    return Fit(make(train), make(judge), flip, math.inf if seconds == 60.0 else seconds, lambda best: None)
 
 
 def test_slopes_are_derivatives(unchecked):
@@ -254,7 +252,7 @@ def point_of(slopes, residuals, parameters):
 def test_equations_are_those_of_the_loss(unchecked):
     slopes, residuals, start = normals(3, 40, 2), normals(40, 2, seed=1), normals(3, seed=2)
     here = point_of(slopes, residuals, start)
-    local = Local.of(here, slopes, 1e9, 5.0, None)
+    local = Local.of(here, slopes, 1e9)
     errors = here.residuals.norm(dim=1)
     assert local.width == pytest.approx(5 * errors.square().mean().sqrt().item())
     assert local.loss == pytest.approx(
@@ -272,7 +270,7 @@ def test_a_step_solves_a_linear_problem(unchecked):
     slopes, wanted = normals(3, 40, 2), normals(3, seed=2)
     residuals = -torch.einsum("p,pnd->nd", wanted, slopes) + 10 * normals(40, 2, seed=5)
     here = point_of(slopes, residuals, torch.zeros(3, dtype=F64))
-    local = Local.of(here, slopes, 1e9, 5.0, None)._replace(width=1e9)
+    local = Local.of(here, slopes, 1e9)._replace(width=1e9)
     step, gain = local.step(0.0)
     damped, less = local.step(1.0)
     there = local.loss_at(point_of(slopes, residuals, step))
@@ -287,9 +285,7 @@ def test_flips_hardly_count(unchecked):
     slopes = torch.ones(1, 20, 1, dtype=F64)
     residuals = 0.01 * normals(20, 1)
     residuals[0] = 5.0
-    step, _ = Local.of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3, 5.0, None).step(
-        0.0
-    )
+    step, _ = Local.of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3).step(0.0)
     rest = -residuals[1:].mean()
     assert abs(step[0] - rest) < 1e-3
     assert abs(-residuals.mean() - rest) > 0.2
@@ -701,7 +697,7 @@ def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch
     goals = [solvers.unipc(2).tableau(SDE, grids.quadratic(SDE, k)) for k in (6, 12, 9)]
 
     def fit(self, best):
-        fits.append((self.width, self.until - 100.0, float(best.parameters.sum())))
+        fits.append((self.until - 100.0, float(best.parameters.sum())))
         spaces.append(best.space)
         if len(fits) in (2, 4, 6):
             best.space = Given(goals[len(fits) // 2 - 1])
@@ -712,27 +708,26 @@ def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch
     monkeypatch.setattr(Fit, "__call__", fit)
     model = RING.denoiser(SDE)
     found = tune(model, solvers.unipc(2), 4, 12.0, "all", shape=(2,), n=64, starts=3, reference=20)
-    assert [width for width, _, _ in fits] == [5.0] * 7 + [20.0]
-    assert [until for _, until, _ in fits] == pytest.approx([0.6, 2.4, 0.9, 3.6, 1.8, 7.2, 12.0, 12.0])
+    assert [until for until, _ in fits] == pytest.approx([0.6, 2.4, 0.9, 3.6, 1.8, 7.2, 12.0, 12.0])
     assert spaces[6].given is goals[1] and spaces[7].given is goals[1]
-    assert fits[6][2] == pytest.approx(fits[3][2] + 0.1 * 16)
-    assert fits[7][2] == pytest.approx(fits[6][2] + 0.1 * 16)
+    assert fits[6][1] == pytest.approx(fits[3][1] + 0.1 * 16)
+    assert fits[7][1] == pytest.approx(fits[6][1] + 0.1 * 16)
     assert torch.equal(found.table.times, goals[1].times)
     assert found.report.status == "out of time"  # one of the fits had not enough
 
 
 def test_fits_are_on_noises_enough_for_their_parameters(monkeypatch, unchecked):
-    """A 32nd of the noises for scouts, a quarter then, or eight numbers a parameter, at least 24; a quarter
+    """A 64th of the noises for scouts, a quarter then, or eight numbers a parameter, at least 24; a quarter
     to judge by. No two fits have the same ones."""
     seen, met = [], []
 
     def fit(self, best):
         met.extend((self.train.start, self.judge.start))
-        seen.append((len(self.train), len(self.judge), len(best.space), self.width))
+        seen.append((len(self.train), len(self.judge), len(best.space)))
 
     monkeypatch.setattr(Fit, "__call__", fit)
     tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=600, starts=1, reference=20)
-    assert seen == [(24, 150, 4, 5.0), (64, 150, 16, 5.0), (150, 150, 16, 5.0), (150, 150, 16, 20.0)]
+    assert seen == [(24, 150, 4), (64, 150, 16), (150, 150, 16), (150, 150, 16)]
     assert all(not torch.equal(one, other) for k, one in enumerate(met) for other in met[:k])
 
 

@@ -24,7 +24,7 @@ from ..tableau import Tableau
 from .candidates import GRIDS, Candidate
 from .measures import FLIP
 from .references import USUAL
-from .tuning_fit import WIDTHS, Best, Errors, Fit, importance
+from .tuning_fit import Best, Errors, Fit, importance
 from .tuning_form import Space, natural
 from .tuning_runs import Meter, Noises, distance
 
@@ -41,8 +41,9 @@ SCREENING = 0.3  # of the time
 SCOUTING = 0.6  # of the time that is left then: fits from all starts
 # What is drawn from a set, as a share of it and at least: to fit on from every start, from the best end, and
 # to judge by. Fits get at least so many numbers for each parameter.
-SCOUTS, FITTED, JUDGED = (1 / 32, 24), (1 / 4, 64), (1 / 4, 64)
+SCOUTS, FITTED, JUDGED = (1 / 64, 24), (1 / 4, 64), (1 / 4, 64)
 NUMBERS = 8
+ROUNDS = 2  # fits from the best end
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
@@ -335,7 +336,7 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
         before = time.perf_counter()
         untuned = sets.judge.distances(natural(fixed_table))
         # Of the runs that are still to come each takes as long as this one.
-        runs = task.starts * (len(task.stages) + 2) + len(WIDTHS) + 2
+        runs = task.starts * (len(task.stages) + 2) + ROUNDS + 2
         until = started + task.seconds - runs * (time.perf_counter() - before)
         try:
             _fitted(task, sets, _spread(ranked, task.starts), fits, until, tell)
@@ -425,12 +426,12 @@ def _fitted(
         for noises in (sets.train, sets.judge)
     )
 
-    def fit(candidate: Candidate, best: Best, n: tuple[float, int], width: float, limit: float) -> Best:
+    def fit(candidate: Candidate, best: Best, n: tuple[float, int], limit: float) -> Best:
         """On noises of its own, so that none is judged by those that another was lucky on."""
         fits.append(Attempt(candidate, best, sets))
         enough = NUMBERS * len(best.space) / max(sets.train.start[0].numel(), 1)
         few = train(_number(sets.train, n, enough), len(fits))
-        Fit(few, judge(_number(sets.judge, JUDGED), len(fits)), sets.flip, limit, tell, width)(best)
+        Fit(few, judge(_number(sets.judge, JUDGED), len(fits)), sets.flip, limit, tell)(best)
         return best
 
     ends, now = [], time.perf_counter()
@@ -438,12 +439,12 @@ def _fitted(
     for k, (candidate, _) in enumerate(chosen):
         now = time.perf_counter()
         limit = now + (scouted - now) / (len(chosen) - k)
-        _in_stages(task, candidate, limit, partial(fit, candidate, n=SCOUTS, width=WIDTHS[0]))
+        _in_stages(task, candidate, limit, partial(fit, candidate, n=SCOUTS))
         ends.append(fits[-1])
     end = min(ends, key=lambda end: end.rank)
     best = end.best
-    for width in WIDTHS:
-        best = fit(end.candidate, Best(best.space, best.parameters), FITTED, width, until)
+    for _ in range(ROUNDS):
+        best = fit(end.candidate, Best(best.space, best.parameters), FITTED, until)
 
 
 def _number(noises: Noises, n: tuple[float, int], enough: float = 0.0) -> int:

@@ -4,9 +4,8 @@ evaluations of the model alone, robust against samples that end elsewhere.
     minimise over p   mean_i c^2 log(1 + e_i(p)^2/c^2) + r |p|^2,    e_i the distance of sample i from its end
 
 (Cauchy's loss, by weights `1/(1 + e_i^2/c^2)`). c is 5 times the root mean square of the errors that are no
-flips, so that the bulk and its tail count, and samples that end in another mode hardly do; and from where
-that ends 20 times, for the root mean square of laws whose tail is no other mode. Tables are judged on other
-noises than they are fitted on, and the best one there is what is found.
+flips, so that the bulk and its tail count, and samples that end in another mode hardly do. Tables are judged
+on other noises than they are fitted on, and the best one there is what is found.
 
 A few samples in thousands are most of a mean square, and which these are is much the same for all tables:
 those between two modes. So the noises of both kinds are drawn from many more by `importance`.
@@ -31,7 +30,7 @@ from .comparison import MANY_FLIPS
 from .tuning_form import Form, Space
 from .tuning_runs import Noises, Trace
 
-WIDTHS = (5.0, 20.0)
+WIDTH = 5.0  # c in root mean squares
 RIDGE = 1e-5  # a parameter of 1 costs this share of the loss
 TRUST = 0.5  # share of the predicted gain with which an updated Jacobian is used again
 IDLE_GAIN = 1e-3
@@ -62,6 +61,9 @@ class Errors(NamedTuple):
         return self.rms if self.flips <= MANY_FLIPS else self.rms + self.flips
 
 
+NOTHING = Errors(math.inf, 1.0, math.inf)
+
+
 @dataclass
 class Best:
     """The best parameters (P,) so far on the noises that none was fitted on, their errors there, (rms fitted
@@ -69,7 +71,7 @@ class Best:
 
     space: Space
     parameters: Tensor
-    errors: Errors = Errors(math.inf, 1.0, math.inf)
+    errors: Errors = NOTHING
     history: list[tuple[float, float]] = field(default_factory=list)
     done: bool = False
 
@@ -100,14 +102,13 @@ class Point(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Fit:
     """Noises to fit on and to judge on, the distance that is a flip, the time (of `perf_counter`) to stop at,
-    who is told of every iteration, and the width of the loss."""
+    and who is told of every iteration."""
 
     train: Noises
     judge: Noises
     flip: float
     until: float
     tell: Callable[[Best], None]
-    width: float
 
     def __call__(self, best: Best) -> None:
         """Fit from where `best` is. What is better on the noises that are not fitted on is put there at once,
@@ -123,7 +124,7 @@ class Fit:
                 return
             if slopes is None:
                 slopes, exact = self._slopes(space, here), True
-            local = Local.of(here, slopes, self.flip, self.width, self.train.weight)
+            local = Local.of(here, slopes, self.flip, self.train.weight)
             step, promised = local.step(damping)
             try:
                 there = self._at(space, here.parameters + step)
@@ -178,8 +179,8 @@ def _updated(slopes: Tensor, step: Tensor, change: Tensor) -> Tensor:
 
 
 class Local(NamedTuple):
-    """The loss at a point, for a width in root mean squares of its errors that are no flips and samples of
-    some weight (n,), and the normal equations: gradient (P,) and curvature (P, P), both halved."""
+    """The loss at a point for its width c and samples of some weight (n,), and the normal equations: gradient
+    (P,) and curvature (P, P), both halved."""
 
     width: float
     weight: Tensor
@@ -189,10 +190,10 @@ class Local(NamedTuple):
     curvature: Tensor
 
     @classmethod
-    def of(cls, here: Point, slopes: Tensor, flip: float, width: float, weight: Tensor | None) -> Local:
+    def of(cls, here: Point, slopes: Tensor, flip: float, weight: Tensor | None = None) -> Local:
         errors = here.errors
         weight = torch.ones_like(errors) if weight is None else weight
-        width = max(width * Errors.of(errors, flip, weight).rms, torch.finfo(torch.float64).tiny)
+        width = max(WIDTH * Errors.of(errors, flip, weight).rms, torch.finfo(torch.float64).tiny)
         ridge = RIDGE * _mean(_cauchy(errors, width), weight)
         root = (weight / weight.sum() / (1 + (errors / width) ** 2)).sqrt()[:, None]
         weighted = (slopes.double() * root).flatten(1)
@@ -222,7 +223,7 @@ def importance(runs: Sequence[Tensor], flip: float) -> Tensor:
     tiny = torch.finfo(torch.float64).tiny
     shares = torch.zeros_like(runs[0])
     for errors in runs:
-        width = min(max(WIDTHS[0] * Errors.of(errors, flip).rms, tiny), flip)
+        width = min(max(WIDTH * Errors.of(errors, flip).rms, tiny), flip)
         squares = 1 / (1 + (width / errors) ** 2)
         shares += squares / squares.mean().clamp_min(tiny) / len(runs)
     return (1 + shares) / 2
