@@ -626,6 +626,21 @@ def test_an_interrupted_fit_keeps_its_best(monkeypatch, unchecked):
     assert found.report.tuned.rms < found.report.untuned.rms / 10
 
 
+def test_slow_references_leave_time_for_fixed_configurations(monkeypatch, unchecked):
+    """With a clock that references take half of the time by, and nothing else any."""
+    now, sampled = [0.0], tune_module._sampled
+
+    def slow(*args):
+        now[0] = 5.0
+        return sampled(*args)
+
+    monkeypatch.setattr(tune_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(tune_module, "_sampled", slow)
+    monkeypatch.setattr(Fit, "__call__", lambda self, best: None)
+    found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 10.0, shape=(2,), n=16, reference=10)
+    assert found.report.tried == len(tune_module.USUAL_FIRST)
+
+
 def test_no_time_at_all(unchecked):
     found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 1e-6, shape=(2,), n=16, reference=10)
     assert found.report.status == "out of time"

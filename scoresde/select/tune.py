@@ -37,7 +37,7 @@ STAGES = {
 # The usual grids come first, for there may not be time for all.
 USUAL_FIRST = {name: GRIDS[name] for name in ("quadratic", "karras(rho=7)")} | GRIDS
 SCREENED, RANKED, SHORTLIST = 64, 512, 16  # noises that every configuration runs on; that the best ones do
-SCREENING = 0.3  # of the time
+SCREENING = 0.3  # of the time after references
 SCOUTING = 0.6  # of the time that is left then: fits from all starts
 # What is drawn from a set, as a share of it and at least: to fit on from every start, from the best end, and
 # to judge by. Fits get at least so many numbers for each parameter.
@@ -331,7 +331,8 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
     """Choose, fit, choose, report."""
     meter, fits = sets.train.meter, []
     with _bar(task.seconds, started, progress) as tell:
-        ranked, tried = _ranked(task, sets, started + SCREENING * task.seconds)
+        now = time.perf_counter()
+        ranked, tried = _ranked(task, sets, now + SCREENING * (started + task.seconds - now))
         fixed, fixed_table = ranked[0]
         before = time.perf_counter()
         untuned = sets.judge.distances(natural(fixed_table))
