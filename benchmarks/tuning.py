@@ -262,7 +262,7 @@ def line(row: dict[str, Any]) -> str:
         row["calls"],
         _cell(before),
         _cell(after),
-        f"{row['ratio']:.1f}{'' if row['ratio'] >= row['goal'] else ' (missed)'}",
+        f"{row['ratio']:.3g}{'' if row['ratio'] >= row['goal'] else ' (missed)'}",
         f"{row['goal']:g}",
         f"{row['more_flips']:.2g}",
         row["starts"],
