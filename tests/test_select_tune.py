@@ -756,7 +756,34 @@ def test_the_best_fit_on_all_noises_is_taken(monkeypatch, unchecked):
             k = left.pop(0)
             best.space, best.errors = Given(tables[k]), Errors(said[k][1], 0.0, 0.0)
 
-    left = [0, 1, 2]
+    left = [0, 1, 2, 1, 2]  # those that go on from the best end up worse
     monkeypatch.setattr(Fit, "__call__", fit)
     found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, shape=(2,), n=64, starts=3, reference=60)
-    assert torch.equal(found.table.times, tables[0].times)
+    assert left == [] and torch.equal(found.table.times, tables[0].times)
+
+
+def test_a_better_table_with_more_flips_is_not_taken(monkeypatch, unchecked):
+    better = solvers.unipc(3).tableau(SDE, grids.quadratic(SDE, 25))
+    monkeypatch.setattr(tune_module, "more_flips", lambda before, after, flip: 0.04)
+    assert is_fixed(scripted(monkeypatch, lambda best: setattr(best, "space", Given(better))))
+    monkeypatch.setattr(tune_module, "more_flips", lambda before, after, flip: 0.06)
+    found = scripted(monkeypatch, lambda best: setattr(best, "space", Given(better)))
+    assert torch.equal(found.table.times, better.times)
+
+
+def test_the_first_noises_are_fitted_on_the_second_are_chosen_by(monkeypatch, unchecked):
+    start, seen = normals(192, 2), []
+
+    def fit(self, best):
+        seen.append((self.train.start, self.judge.start))
+
+    monkeypatch.setattr(Fit, "__call__", fit)
+    tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, shape=(2,), n=64, start=start, reference=20)
+    for train, judge in seen:
+        assert (train[:, None] == start[None, :64]).all(2).any(1).all()
+        assert (judge[:, None] == start[None, 64:128]).all(2).any(1).all()
+    train, judge, held_out = (noises(RING.denoiser(SDE), seed=k) for k in (0, 2, 4))
+    table = solvers.ddim().tableau(SDE, grids.quadratic(SDE, 3))
+    sets = tune_module.Sets(train, judge, held_out, 0.3, 0.0, 0)
+    attempt = tune_module.Attempt(None, Best(Given(table), torch.zeros(1)), sets)
+    assert torch.equal(attempt.distances, judge.distances(natural(table)))
