@@ -25,6 +25,7 @@ from scoresde.tableau import Tableau
 
 F64 = torch.float64
 SDE = VPSDE()
+fit_module = importlib.import_module("scoresde.select.tuning_fit")
 tune_module = importlib.import_module("scoresde.select.tune")
 
 ANGLES = 2 * math.pi * torch.arange(5, dtype=F64) / 5
@@ -306,6 +307,18 @@ def test_a_fit_gains_and_keeps_its_best(unchecked):
     assert best.history[-1][0] < best.history[0][0]
 
 
+@pytest.mark.parametrize(("gains", "stops"), [(True, False), (False, True)])
+def test_a_fit_is_stale_when_nothing_gets_better_elsewhere(gains, stops, monkeypatch, unchecked):
+    ranks = iter(range(100, 0, -1) if gains else range(100))
+    monkeypatch.setattr(fit_module, "STALE", 3)
+    monkeypatch.setattr(Fit, "_judged", lambda self, form: Errors(float(next(ranks)), 0.0, 0.0))
+    space = Space(SDE, solvers.dpmpp(2), grids.quadratic(SDE, 3), True, True)
+    best = Best(space, torch.zeros(len(space), dtype=F64))
+    some_fit()(best)
+    assert best.done and len(best.history) >= 3
+    assert (len(best.history) == 3) == stops
+
+
 def test_errors():
     found = Errors.of(torch.tensor([0.1, 0.3, 0.2, 7.0, math.inf], dtype=F64), 0.3)
     assert found.rms == pytest.approx(math.sqrt(0.14 / 3))
@@ -338,7 +351,7 @@ def test_draws_are_unbiased_and_differ():
     chance, met = _chances(importance, 10), torch.zeros(40, dtype=F64)
     for number in range(2000):
         some = all_of_them.drawn(importance, 10, number)
-        assert 9 <= len(some) <= 11
+        assert len(some) == 10
         rows = (all_of_them.start[:, None] == some.start[None]).all(2).nonzero()[:, 0]
         assert torch.equal(some.target, all_of_them.target[rows])
         assert torch.allclose(some.weight, 1 / chance[rows])

@@ -55,8 +55,8 @@ class Noises:
         if n >= len(self):
             return self
         chance = _chances(importance.double().cpu(), n)
-        place = chance.cumsum(0) + GOLDEN * (number + 1) % 1
-        some = (place.floor() > (place - chance).floor()).nonzero()[:, 0].to(self.start.device)
+        reached = (chance.cumsum(0) + GOLDEN * (number + 1) % 1).floor()
+        some = reached.diff(prepend=reached.new_zeros(1)).nonzero()[:, 0].to(self.start.device)
         return self._some(some, 1 / chance.to(some.device)[some])
 
     def _some(self, some: Tensor, weight: Tensor | None = None) -> Noises:
@@ -104,13 +104,14 @@ class Noises:
     def _denoised(self, x: Tensor, t: Tensor) -> Tensor:
         """D of states (M, n, ...) at times (M,)."""
         n, flat, made = len(self), x.flatten(0, 1), []
-        for some in torch.arange(len(flat)).split(self.batch):
-            times = t[some // n]
+        clock = t.repeat_interleave(n).split(self.batch)
+        for some, times in zip(
+            torch.arange(len(flat), device=x.device).split(self.batch), clock, strict=True
+        ):
             # One time for all costs some models less than one for each.
-            times = times[0] if bool((times == times[0]).all()) else times
-            rows = some.to(x.device)
-            model = self.model.narrowed(rows % n, n)
-            made.append(checked(model(flat[rows], times.to(x.device)), flat[rows]))
+            at = times[0] if bool((times == times[0]).all()) else times
+            model = self.model.narrowed(some % n, n)
+            made.append(checked(model(flat[some], at.to(x.device)), flat[some]))
             self.meter.calls += 1
             self.meter.samples += len(some)
         return torch.cat(made).view(x.shape)
