@@ -27,6 +27,8 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -309,10 +311,29 @@ class Noise:
         many = isinstance(row, Tensor) and row.ndim == 2
         keys = _stream_keys(self._base.unsqueeze(1) if many else self._base, row)
         elements = math.prod(shape[1:])
+        kernel = None if _recording(keys) or not keys.is_cuda else _kernel(keys.device)
+        if kernel is not None and keys.numel() and elements and self.dtype in kernel.DTYPES:
+            whole = torch.empty(keys[0].numel(), elements, dtype=self.dtype, device=self.device)
+            kernel.fill(whole, keys.flatten(1))
+            return whole.view(*keys.shape[1:-1], *shape)
         out = torch.empty(*keys.shape[1:], (elements + 1) // 2, 2, dtype=self.dtype, device=self.device)
         for pairs, even, odd in _normal_blocks(keys, elements):
             out[..., pairs, 0], out[..., pairs, 1] = even, odd
         return out.flatten(-2)[..., :elements].reshape(*keys.shape[1:-1], *shape).contiguous()
+
+
+@lru_cache
+def _kernel(device: torch.device) -> ModuleType | None:
+    """`noise_kernel`, where Triton compiles it for this GPU. Without it the same numbers take longer."""
+    try:
+        from . import noise_kernel
+
+        noise_kernel.fill(
+            torch.empty(1, 1, device=device), torch.zeros(2, 1, dtype=torch.int64, device=device)
+        )
+    except Exception:  # no Triton, no C compiler, a GPU that it does not know: it raises many kinds
+        return None
+    return noise_kernel
 
 
 def _recording(x: Tensor) -> bool:

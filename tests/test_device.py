@@ -42,7 +42,7 @@ from scoresde import (
 from scoresde.noise import Noise
 from scoresde.schedules import Learned
 from scoresde.sde import like
-from scoresde.solvers.watch import Outputs
+from scoresde.solvers.watch import Outputs, States
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 on_gpu = pytest.mark.cuda
@@ -227,7 +227,8 @@ def test_traffic_is_seen() -> None:
 @pytest.fixture
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """What reads the device once, after the last step, to report outputs that were not finite."""
-    monkeypatch.setattr(Outputs, "first_bad", lambda self: None)
+    for kind in (Outputs, States):
+        monkeypatch.setattr(kind, "first_bad", lambda self: None)
 
 
 class Small(nn.Module):
@@ -263,16 +264,16 @@ def assert_silent(model: BaseDenoiser, solver: Any) -> None:
     assert run(12) == run(4) != []
 
 
-def test_the_watch_sees_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not states, of every row of a table."""
+def test_the_watch_sees_states(monkeypatch: pytest.MonkeyPatch, nothing_is_read: None) -> None:
+    """After every row of a table: those that the network gets next, and the result."""
     shown: list[Tensor] = []
-    monkeypatch.setattr(Outputs, "__call__", lambda self, out: shown.append(out))
-    returned: list[Tensor] = []
+    monkeypatch.setattr(States, "__call__", lambda self, out: shown.append(out))
+    given: list[Tensor] = []
     model = small()
-    model.network.register_forward_hook(lambda module, given, out: returned.append(out))
+    model.network.register_forward_hook(lambda module, args, out: given.append(args[0]))
     x = torch.zeros(2, 1, 2, 2, device=META)
-    solvers.dpmpp(2).solve(model, x, grids.log_snr(VP, 4))
-    assert len(shown) == 4 and all(a is b for a, b in zip(shown, returned, strict=True))
+    samples = solvers.dpmpp(2).solve(model, x, grids.log_snr(VP, 4))
+    assert len(shown) == 4 and all(a is b for a, b in zip(shown, [*given[1:], samples.x], strict=True))
 
 
 @pytest.mark.parametrize("ends", [False, True])

@@ -803,3 +803,37 @@ def test_devices_agree():
     torch.testing.assert_close(paths[0](0.3), paths[1](0.3).cpu(), rtol=1e-6, atol=1e-6)
     outside = paths[1](torch.linspace(0, 2, 64, device="cuda"))
     assert outside[:32].isfinite().all() and outside[32:].isnan().all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (64, 1, 8, 8), (2, 3, 33, 33), (0, 3), (2, 0)])
+def test_the_kernel_makes_the_numbers_of_the_operations(shape, dtype, monkeypatch):
+    """One row, rows made ahead, rows that the device counts: to the last bit, float64 to its rounding."""
+    assert module._kernel(torch.device("cuda")) is not None
+    rows = [2**40, 2**40 + 3, 2**40 + 6, 2**40 + 9]
+    found = {}
+    for way in ("kernel", "operations"):
+        if way == "operations":
+            monkeypatch.setattr(module, "_kernel", lambda device: None)
+        noise = Noise.of(-5, batch=shape[0], device="cuda", dtype=dtype)
+        by_device = noise(torch.tensor(rows[1], device="cuda"), shape)
+        found[way] = torch.stack([noise.prior(shape), by_device, *(noise(row, shape) for row in rows)])
+    rounding = 1e-15 if dtype == torch.float64 else 0.0
+    torch.testing.assert_close(found["kernel"], found["operations"], rtol=rounding, atol=rounding)
+
+
+@pytest.mark.cuda
+def test_the_kernel_fills_large_and_many_streams():
+    """More pairs than a program has, and more than 2^16 streams."""
+    for shape in ((2, 2**20 + 1), (2**17 + 1, 5)):
+        noise = Noise.of(1, batch=shape[0], device="cuda", dtype=torch.float32)
+        words = noise.words(9, (shape[1] + 1) // 2)
+        even, odd = module._box_muller(words)
+        wanted = torch.stack([even, odd], -1).flatten(1)[:, : shape[1]].float()
+        assert torch.equal(noise(9, shape), wanted)
+
+
+def test_without_its_compiler_there_is_no_kernel():
+    """Here Triton or the GPU is missing."""
+    assert module._kernel.__wrapped__(torch.device("meta")) is None

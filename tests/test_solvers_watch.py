@@ -13,7 +13,7 @@ from scoresde import VPSDE, solvers
 from scoresde.noise import Noise
 from scoresde.solvers import base
 from scoresde.solvers import watch as module
-from scoresde.solvers.watch import Outputs, Watch
+from scoresde.solvers.watch import Outputs, States, Watch
 
 VP = VPSDE()
 GOOD = torch.tensor([-3e38, 0.0, 3e38])  # their sum of squares overflows
@@ -124,18 +124,42 @@ def test_solvers_name_the_call(solver: Any, wrong: float, device: torch.device) 
     assert (model.calls == 3) == (device.type == "cpu")
 
 
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("bad", [*range(7), None])
+def test_states_wait_for_each_other(bad: int | None, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three at a time here, two such looks in a block; large ones do not wait."""
+    monkeypatch.setattr(module, "TOGETHER", 3)
+    monkeypatch.setattr(module, "BLOCK", 2)
+    monkeypatch.setattr(module, "SMALL", 6 if small else 5)
+    states = States()
+    for k in range(7):
+        states(torch.full((2, 3), math.inf if k == bad else -1.0))
+        assert len(states.waiting) == ((k + 1) % 3 if small else 0)
+    assert states.first_bad() == bad
+    assert not states.waiting and [len(block) for block in states.blocks] == ([6] if small else [2, 2, 2])
+
+
+def test_states_without_numbers_are_finite() -> None:
+    states = States()
+    assert states.first_bad() is None
+    for _ in range(2):
+        states(torch.ones(0, 3))
+    assert states.first_bad() is None
+
+
 def test_tables_on_a_device_name_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of `execute`, without a device: what it has seen is asked for after the run."""
-    x = torch.ones(2, 3, dtype=torch.float64)
-    monkeypatch.setattr(base, "check_finite", lambda table, k, x, F: seen[-1](F))
-    seen: list[Outputs] = []
+    seen: list[States] = []
 
-    class Kept(Outputs):
+    class Kept(States):
         def __init__(self) -> None:
             super().__init__()
             seen.append(self)
 
-    monkeypatch.setattr(base, "Outputs", Kept)
+    run = base.run
+    monkeypatch.setattr(base, "States", Kept)
+    monkeypatch.setattr(base, "check_finite", lambda table, k, x, F: None)
+    monkeypatch.setattr(base, "run", lambda *args, before, after: run(*args, before=before, after=seen[-1]))
     with pytest.raises(FloatingPointError, match=r"ddim: .* at call 3 of 4, t = 0\.\d+; check the model"):
-        solvers.ddim().solve(Broken(math.nan), x, regular(VP, 4))
-    assert len(seen[0].largest) == 4
+        solvers.ddim().solve(Broken(math.nan), torch.ones(2, 3, dtype=torch.float64), regular(VP, 4))
+    assert sum(map(len, seen[0].largest)) == 4

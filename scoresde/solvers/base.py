@@ -18,7 +18,7 @@ from ..denoiser import BaseDenoiser, Rows
 from ..grids import Grid
 from ..sde import LinearSDE
 from ..tableau import NoiseSource, Step, Tableau, check_finite, not_finite, run
-from .watch import Outputs
+from .watch import States
 
 Callback = Callable[[Step], Any]
 Pair = tuple[Tensor, Tensor]
@@ -152,10 +152,10 @@ def execute(
     with torch.no_grad(), evaluating(model):
         x = x.clone()  # dense: kernels round differently on strided and expanded states
         rows = model.rows(table.times[:-1], x)
-        seen = Outputs()
-        guard = partial(check_finite, table) if x.device.type == "cpu" else lambda k, x, F: seen(F)
+        seen, at_once = States(), x.device.type == "cpu"
+        guard = partial(check_finite, table) if at_once else None
         before = guard if callback is None else _Watched(guard, rows, table.times, callback, path)
-        result = run(table, rows, x, noise, before=before)
+        result = run(table, rows, x, noise, before=before, after=None if at_once else seen)
     if (bad := seen.first_bad()) is not None:
         raise not_finite(table, bad)
     return Samples(
@@ -166,14 +166,15 @@ def execute(
 class _Watched(NamedTuple):
     """Shows each row to a callback after the guard, and keeps what it returns."""
 
-    guard: Callable[[int, Tensor, Tensor], object]
+    guard: Callable[[int, Tensor, Tensor], object] | None
     rows: Rows
     times: Tensor
     callback: Callback
     path: list[Any]
 
     def __call__(self, k: int, x: Tensor, F: Tensor) -> None:
-        self.guard(k, x, F)
+        if self.guard is not None:
+            self.guard(k, x, F)
         a, b = self.rows.a[k], self.rows.b[k]
         kept = self.callback(Step(k, float(self.times[k]), x, F * b + x * a))
         self.path.extend([] if kept is None else [kept])

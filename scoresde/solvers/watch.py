@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1024  # numbers that are kept as one tensor: one alone takes as much memory as a hundred
+TOGETHER, SMALL = 8, 2**20  # states that are looked at together, and how many numbers such a one may have
 
 
 class Outputs:
@@ -20,15 +21,45 @@ class Outputs:
         self.largest: list[Tensor] = []
 
     def __call__(self, out: Tensor) -> None:
-        self.largest.append(torch.linalg.vector_norm(out, math.inf) if out.numel() else out.new_zeros(()))
+        self._keep(torch.linalg.vector_norm(out, math.inf) if out.numel() else out.new_zeros(()))
+
+    def _keep(self, largest: Tensor) -> None:
+        self.largest.append(largest)
         if len(self.largest) == BLOCK:
-            self.blocks, self.largest = [*self.blocks, torch.stack(self.largest)], []
+            self.blocks, self.largest = [*self.blocks, torch.hstack(self.largest)], []
 
     def first_bad(self) -> int | None:
         """The number of the first output that was not finite."""
-        rest = [torch.stack(self.largest)] if self.largest else []
+        rest = [torch.hstack(self.largest)] if self.largest else []
         finite = torch.cat([*self.blocks, *rest]).isfinite().tolist() if self.blocks or rest else []
         return finite.index(False) if False in finite else None
+
+
+class States(Outputs):
+    """The same of the states that outputs lead to, which nobody writes to. Small ones wait for each other: a
+    GPU takes as long for one as for several, and as long as for a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Tensor] = []
+
+    def __call__(self, out: Tensor) -> None:
+        self.waiting.append(out)
+        if len(self.waiting) == TOGETHER or out.numel() > SMALL:
+            self._look()
+
+    def first_bad(self) -> int | None:
+        """The number of the first state that was not finite."""
+        if self.waiting:
+            self._look()
+        return super().first_bad()
+
+    def _look(self) -> None:
+        seen = torch.stack(self.waiting).flatten(1)
+        self._keep(
+            torch.linalg.vector_norm(seen, math.inf, dim=1) if seen.numel() else seen.new_zeros(len(seen))
+        )
+        self.waiting = []
 
 
 class Watch:
