@@ -1,6 +1,7 @@
 """How well `select.recommend` predicts, from a batch of data, which solver and grid are best.
 
     python -m benchmarks.recommend [--need samples|diversity] [--seed S] [--mixtures N] [--calls 5 10 ...]
+                                   [--device cuda] [--more-samples K]
 
 VP(0.1, 20), t from 1 to 1e-3. Mixtures of 2 to 64 dimensions are drawn at random: 2 to 16 modes of unequal
 weight, each with its own rotated covariance; spreads and widths vary. `recommend` sees 2048 samples of one,
@@ -9,14 +10,17 @@ not the law. Then every candidate is run on the mixture itself from other noises
 samples    the median distance from the exact solution over 32 noises: one in 5 of `pool()`, with all
            solvers and all grids
 diversity  the sliced 2-Wasserstein distance of the output's law from that of x_end, twice from 1024 to 8192
-           samples that share their noise with true ones (`select.coupling`): one in 31 of
-           `pool(stochastic=True)`, others for every mixture. Small distances are chance both times: the
-           correlation of the two is about what a perfect prediction would be found to have
+           samples (K times as many with --more-samples K, on --device) that share their noise with true ones
+           (`select.coupling`): one in 31 of `pool(stochastic=True)`, others for every mixture. Small
+           distances are chance both times: the correlation of the two is about what a perfect prediction
+           would be found to have
 
 For every mixture and number of calls: Spearman's correlation of predicted and true errors over all
 candidates, and the true error of the recommended one over the least. Squared distances of laws that are less
-than their standard error (the median over the candidates) count as equal to it. Beside them those of the
-plain Gaussian surrogate, and of fixed choices. The seed of the scored mixtures was not used in development.
+than their standard error (the median over the candidates) count as equal to it, and so do predicted ones
+below it when they are ranked, for nobody can tell those apart; the recommended one is still that of the least
+prediction. Beside them those of the plain Gaussian surrogate, and of fixed choices. The seed of the scored
+mixtures was not used in development.
 """
 
 from __future__ import annotations
@@ -86,9 +90,9 @@ class Outcome(NamedTuple):
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Correlation of ranks; equal values share their mean rank."""
+    """Correlation of ranks; equal values share their mean rank. 0 if all are equal, which orders nothing."""
     one, two = (ranks(torch.tensor(v, dtype=torch.float64)) for v in (a, b))
-    return float(torch.corrcoef(torch.stack([one, two]))[0, 1])
+    return float(torch.corrcoef(torch.stack([one, two]))[0, 1].nan_to_num(0.0))
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -120,26 +124,47 @@ class Truth(NamedTuple):
     one: Distances
     two: Distances
 
+    def both(self) -> Distances:
+        """Their mean."""
+        squares = 0.5 * (self.one.squares + self.two.squares)
+        return Distances(squares, 0.5 * (self.one.errors.square() + self.two.errors.square()).sqrt())
+
     def distances(self) -> list[float]:
         """By both. What is less than the standard error that half of the candidates have is as much: chance
         alone would tell it apart."""
-        squares = 0.5 * (self.one.squares + self.two.squares)
-        errors = 0.5 * (self.one.errors.square() + self.two.errors.square()).sqrt()
-        return _above_chance(squares, errors)
+        return _above_chance(*self.both())
+
+    def floor(self) -> float:
+        """The least distance that there is."""
+        return float(_chance(self.both().errors).sqrt())
 
     def ceiling(self) -> float:
         return spearman(*(_above_chance(*d) for d in self))
 
 
+def _chance(errors: Tensor) -> Tensor:
+    return errors.nan_to_num(math.inf).median()
+
+
 def _above_chance(squares: Tensor, errors: Tensor) -> list[float]:
-    floor = errors.nan_to_num(math.inf).median()
-    return squares.nan_to_num(math.inf).clamp_min(floor).sqrt().tolist()
+    return squares.nan_to_num(math.inf).clamp_min(_chance(errors)).sqrt().tolist()
 
 
-def true_laws(law: Law, tables: list[Tableau], generator: torch.Generator) -> Truth:
-    """Of the outputs of the tables from that of x_end."""
-    samples = min(max(NUMBERS // law.dim, SAMPLES.start), SAMPLES.stop - 1)
+def true_laws(
+    law: Law, tables: list[Tableau], generator: torch.Generator, device: str = "cpu", more: int = 1
+) -> Truth:
+    """Of the outputs of the tables from that of x_end, by `more` times the samples, on a device."""
+    samples = more * min(max(NUMBERS // law.dim, SAMPLES.start), SAMPLES.stop - 1)
+    law, generator = law.to(device), generator_on(device, generator)
     return Truth(*(law_distances(SDE, law, tables, samples, generator) for _ in range(2)))
+
+
+def generator_on(device: str, generator: torch.Generator) -> torch.Generator:
+    """The generator itself where it is; elsewhere one that it seeds."""
+    if torch.device(device) == generator.device:
+        return generator
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.Generator(device).manual_seed(seed)
 
 
 def predictions(found: Recommendation, candidates: Sequence[Candidate]) -> list[float]:
@@ -148,17 +173,19 @@ def predictions(found: Recommendation, candidates: Sequence[Candidate]) -> list[
     return [by_candidate[c] for c in candidates]
 
 
-def outcome(predicted: list[float], true: list[float]) -> Outcome:
-    """Of predicted errors."""
+def outcome(predicted: list[float], true: list[float], floor: float = 0.0) -> Outcome:
+    """Of predicted errors; below the floor all rank the same."""
     chosen = min(range(len(true)), key=predicted.__getitem__)
-    return Outcome(spearman(predicted, true), true[chosen] / min(true))
+    return Outcome(spearman([max(p, floor) for p in predicted], true), true[chosen] / min(true))
 
 
 SURROGATES = {"mixture": mixture_surrogate, "gaussian": gaussian_surrogate}
 
 
-def one(seed: int, number: int, dim: int, calls: Sequence[int], need: str) -> Iterator[dict[str, Any]]:
-    """A row for every number of calls."""
+def one(
+    seed: int, number: int, dim: int, calls: Sequence[int], need: str, device: str = "cpu", more: int = 1
+) -> Iterator[dict[str, Any]]:
+    """A row for every number of calls. The truth about laws: as `true_laws` on the device."""
     generator = torch.Generator().manual_seed(seed + number)
     law = random_mixture(generator, dim)
     data = law.sample(DATA, generator=generator)
@@ -179,13 +206,13 @@ def one(seed: int, number: int, dim: int, calls: Sequence[int], need: str) -> It
         tables = [c.table(SDE, n) for c in listed]
         row = {**about, "need": need, "calls": n, "candidates": len(listed)}
         if need == "samples":
-            true = true_distances(law, tables, generator)
+            true, floor = true_distances(law, tables, generator), 0.0
         else:
-            truth = true_laws(law, tables, generator)
-            true = truth.distances()
+            truth = true_laws(law, tables, generator, device, more)
+            true, floor = truth.distances(), truth.floor()
             row["ceiling"] = truth.ceiling()
         for name in SURROGATES:
-            row[name] = outcome(predictions(found[name], listed), true)._asdict()
+            row[name] = outcome(predictions(found[name], listed), true, floor)._asdict()
         row["fixed"] = {c.name: e / min(true) for c, e in zip(listed, true, strict=True) if c.name in FIXED}
         row["seconds"] = {name: r.seconds for name, r in found.items()} | {"fit": fit_seconds}
         row["best"], row["chosen"] = listed[true.index(min(true))].name, found["mixture"].best.candidate.name
@@ -238,11 +265,16 @@ def report(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Seconds in the median: {fit:.2f} to fit both surrogates, {run:.2f} to rank "
-        f"{rows[0]['candidates']} candidates. Seed {result['seed']}; "
+        f"{rows[0]['candidates']} candidates. {_truth(result)}Seed {result['seed']}; "
         f"{result['cpu_seconds']:.0f} CPU seconds.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _truth(result: dict[str, Any]) -> str:
+    more, device = result.get("more_samples", 1), result.get("device", "cpu")
+    return "" if (more, device) == (1, "cpu") else f"The truth from {more} times the samples, on {device}. "
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
@@ -277,26 +309,34 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def save(result: dict[str, Any], out: Path) -> None:
+    """Numbers, tables and picture."""
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / FILES[result["rows"][0]["need"]]
+    stem.with_suffix(".json").write_text(json.dumps(result).replace('{"number": ', '\n{"number": ') + "\n")
+    stem.with_suffix(".md").write_text(report(result))
+    picture(result["rows"], stem.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--need", default="samples", choices=list(STRIDES))
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--mixtures", type=int, default=MIXTURES)
     parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
+    parser.add_argument("--device", default="cpu", help="where laws are measured; all else is on the CPU")
+    parser.add_argument("--more-samples", type=int, default=1, help="so many times, to measure laws by")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     started, rows = time.process_time(), []
     for number, dim in enumerate(dimensions(args.mixtures)):
-        for row in one(args.seed, number, dim, args.calls, args.need):
+        for row in one(args.seed, number, dim, args.calls, args.need, args.device, args.more_samples):
             rows.append(row)
             told = [f"{name} {row[name]['spearman']:.3f} {row[name]['ratio']:.2f}" for name in SURROGATES]
             print(number, dim, row["modes"], row["fitted"], row["need"], row["calls"], *told, flush=True)
-    result = {"seed": args.seed, "cpu_seconds": time.process_time() - started, "rows": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / FILES[args.need]
-    stem.with_suffix(".json").write_text(json.dumps(result).replace('{"number": ', '\n{"number": ') + "\n")
-    stem.with_suffix(".md").write_text(report(result))
-    picture(rows, stem.with_suffix(".png"))
+    how = {"seed": args.seed, "device": args.device, "more_samples": args.more_samples}
+    result = {**how, "cpu_seconds": time.process_time() - started, "rows": rows}
+    save(result, args.out)
     print(report(result))
 
 

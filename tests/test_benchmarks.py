@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from scoresde import grids, solvers
+from scoresde.select.coupling import law_distances
 from scoresde.tableau import Tableau
 
 accuracy = pytest.importorskip(
@@ -208,6 +209,32 @@ def test_recommend_judges_stochastic_solvers_by_their_laws(monkeypatch):
     assert truth.distances() == pytest.approx([floor, 2.0, floor, math.inf], rel=1e-6)
     assert truth.ceiling() == pytest.approx(1.0)
     assert recommend.outcome([1.0, 3.0, 2.0, 4.0], truth.distances()).ratio == 1.0
+    assert truth.floor() == pytest.approx(floor, rel=1e-6)
+
+
+def test_recommend_ranks_nothing_below_what_chance_can_tell():
+    """The two least predictions are one to the ranks, but the less is chosen."""
+    predicted, true = [0.2, 0.1, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]
+    assert recommend.outcome(predicted, true) == pytest.approx((0.8, 2.0))
+    assert recommend.outcome(predicted, true, floor=0.5) == pytest.approx((math.sqrt(0.9), 2.0))
+    assert recommend.outcome(predicted, true, floor=5.0).spearman == 0
+
+
+def test_recommend_measures_laws_by_more_samples_on_a_device(monkeypatch, device):
+    law = recommend.random_mixture(torch.Generator().manual_seed(0), 2)
+    tables = [solvers.ddpm().tableau(SDE, grids.quadratic(SDE, 5))]
+    counts = []
+
+    def counted(sde, law, tables, n, generator):
+        counts.append(n)
+        assert law.device.type == generator.device.type == device.type
+        return law_distances(sde, law, tables, 64, generator)
+
+    monkeypatch.setattr(recommend, "law_distances", counted)
+    for more in (1, 4):
+        found = recommend.true_laws(law, tables, torch.Generator().manual_seed(1), str(device), more)
+        assert 0 < found.distances()[0] < 1
+    assert counts == [8192] * 2 + [32768] * 2
 
 
 def test_a_tuned_grid_beside_the_best_fixed_one(monkeypatch):

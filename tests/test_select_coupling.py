@@ -11,6 +11,7 @@ from scoresde import EDM, VPSDE, Rectified, SubVPSDE, grids, solvers
 from scoresde.laws import Gaussian, Mixture
 from scoresde.select import coupling
 from scoresde.select.coupling import LEVELS, clocks_of, fine_tables, increments, law_distances
+from scoresde.select.tables import run_stack, stack
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # thousands of calls of small functions
 
@@ -18,35 +19,37 @@ SDE = VPSDE()
 END = float(SDE.default_end)
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
+def generator(seed, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
-def coupled(sde, tables, n, dim=1, rows=60, seed=0):
-    """The normals of the fine tables' rows and those of every table's; the clocks of both."""
+def coupled(sde, tables, n, dim=1, rows=60, seed=0, device="cpu"):
+    """The normals of the fine tables' rows and those of every table's, made on the device; the clocks of
+    both."""
     fine, drawn = fine_tables(sde, rows, float(tables[0].times[-1])), normal(rows, n, dim, seed=seed)
-    clocks = clocks_of(sde, fine, tables)
-    found = torch.stack(list(increments(fine, fine.motion(drawn), clocks, generator(seed + 1))))
-    return fine, drawn, clocks, found
+    clocks, motion = clocks_of(sde, fine, tables), fine.motion(drawn.to(device))
+    found = torch.stack(list(increments(fine, motion, clocks, generator(seed + 1, device))))
+    return fine, drawn, clocks, found.cpu()
 
 
 @pytest.mark.parametrize("sde", [SDE, SubVPSDE(), EDM(0.01, 2.0), Rectified()])
-def test_fine_tables_get_their_own_noise(sde):
-    _, drawn, clocks, found = coupled(sde, fine_tables(sde, 60, float(sde.default_end)).tables, 5)
+def test_fine_tables_get_their_own_noise(sde, device):
+    tables = fine_tables(sde, 60, float(sde.default_end)).tables
+    _, drawn, clocks, found = coupled(sde, tables, 5, device=device)
     assert clocks.level.tolist() == list(range(len(LEVELS)))
     for level in range(len(LEVELS)):
         assert found[:, level].numpy() == pytest.approx(drawn.numpy(), abs=1e-7)
 
 
-def test_a_step_over_two_gets_their_sum():
+def test_a_step_over_two_gets_their_sum(device):
     fine = fine_tables(SDE, 60, END)
     half = grids.Grid.of(SDE, fine.tables[0].times[::2])
     tables = [solvers.exponential(2, stored="data", tau=tau).tableau(SDE, half) for tau in LEVELS]
-    _, drawn, clocks, found = coupled(SDE, tables, 4)
+    _, drawn, clocks, found = coupled(SDE, tables, 4, device=device)
     assert clocks.level.tolist() == list(range(len(LEVELS)))
     steps = fine.log_clock.exp().diff()  # (L, F)
     both = steps.sqrt()[:, :, None, None] * drawn
@@ -98,21 +101,70 @@ def few_tables(sde):
 
 
 @pytest.mark.parametrize("sde", [SDE, EDM(0.01, 2.0)])
-def test_distances_on_a_gaussian_are_the_exact_ones(monkeypatch, sde, alpha_ledger):
+def test_distances_on_a_gaussian_are_the_exact_ones(monkeypatch, sde, device, alpha_ledger):
     """Along a line, where they are the same: to 2 % (groups are finite) and 9 standard errors over 32 groups
     (Student's t with 31 degrees: 4e-10 for each of 24); half of these see an eighth."""
     monkeypatch.setattr(coupling, "GROUPS", 32)
     law, gaussian = Mixture([1.0], [[0.7]], 0.3), Gaussian([0.7], 0.3)
     tables, wanted = few_tables(sde), gaussian.marginal(sde, float(sde.default_end))
-    found, exact = law_distances(sde, law, tables, 32768, generator(3)), []
+    found, exact = law_distances(sde, law.to(device), tables, 32768, generator(3, device)), []
+    assert found.squares.device.type == found.errors.device.type == device.type
     for table in tables:
         got = table.law(gaussian, sde)
         squares = (got.mean - wanted.mean) ** 2 + (got.variance.sqrt() - wanted.variance.sqrt()) ** 2
         exact.append(float(squares))
-    exact = torch.tensor(exact, dtype=torch.float64)
+    exact = torch.tensor(exact, dtype=torch.float64, device=device)
     assert bool(((found.squares - exact).abs() < 0.02 * exact + 9 * found.errors).all())
     assert float((found.errors / exact).median()) < 1 / 8 / 9
     alpha_ledger.spend(24 * 4e-10, "distances of laws on a Gaussian")
+
+
+def blobs():
+    """Four modes in three dimensions, each with its own covariance."""
+    roots = 0.3 * normal(4, 3, 3, seed=5)
+    return Mixture([0.1, 0.2, 0.3, 0.4], normal(4, 3, seed=6), roots @ roots.mT)
+
+
+def test_distances_are_the_same_on_another_device_and_in_other_parts(monkeypatch, device, alpha_ledger):
+    """Of tables that are clearly off, from other noise, along a line: within 9 standard errors over 32
+    groups."""
+    monkeypatch.setattr(coupling, "GROUPS", 32)
+    law, tables = Mixture([0.3, 0.7], [[-1.0], [0.6]], [0.02, 0.1]), few_tables(SDE)[::2]
+    one = law_distances(SDE, law, tables, 4096, generator(3))
+    monkeypatch.setattr(coupling, "NUMBERS", 2**11)  # five tables a part
+    monkeypatch.setattr(coupling, "MANY", 2**11)
+    two = law_distances(SDE, law.to(device), tables, 4096, generator(4, device))
+    spread = (one.errors.square() + two.errors.cpu().square()).sqrt()
+    assert bool(((one.squares - two.squares.cpu()).abs() < 9 * spread).all())
+    assert float((spread / one.squares).median()) < 0.1
+    alpha_ledger.spend(12 * 4e-10, "distances of laws on two devices")
+
+
+def test_a_law_and_a_generator_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match="one device, found meta and cpu"):
+        law_distances(SDE, blobs().to("meta"), few_tables(SDE), 64, generator(0))
+
+
+@pytest.mark.cuda
+def test_rows_wait_for_nothing():
+    """Once all numbers are there, which the first row sees to."""
+    tables, calls = few_tables(SDE), []
+    fine = fine_tables(SDE, 40, END)
+    motion, clocks = fine.motion(normal(40, 6, 3).cuda()), clocks_of(SDE, fine, tables)
+    model = blobs().to("cuda").denoiser(SDE)
+
+    def denoise(x, t):
+        calls.append(len(x))
+        torch.cuda.set_sync_debug_mode("default" if len(calls) == 1 else "error")
+        return model(x, t)
+
+    noise = increments(fine, motion, clocks, generator(0, "cuda"))
+    try:
+        found = run_stack(stack(tables), denoise, motion[0, 0], noise)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 8
+    assert bool(found.isfinite().all())
 
 
 def test_sharing_the_noise_is_worth_ten_times_the_samples(monkeypatch):

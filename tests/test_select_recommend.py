@@ -96,11 +96,12 @@ def test_shorter_tables_do_not_look_at_an_end_without_noise():
     assert torch.allclose(found.constant, torch.ones(2, 1, dtype=torch.float64))
 
 
-def test_a_stack_runs_like_its_tables():
+def test_a_stack_runs_like_its_tables(device):
     law = blobs()
     model, tables = law.denoiser(SDE), some_tables()
     x, noise = normal(5, 3), normal(8, 5, 3, seed=1)
-    found = run_stack(stack(tables), model, x, list(noise))
+    there = law.to(device).denoiser(SDE)
+    found = run_stack(stack(tables), there, x.to(device), list(noise.to(device))).cpu()
     for i, table in enumerate(tables):
         alone = solvers.from_tableau(table).solve(
             model, x, table.times[[0, -1]], noise=lambda k, shape: noise[k]

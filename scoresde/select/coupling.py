@@ -9,6 +9,7 @@ noise level tau. So the outputs differ by the strong error only, and their dista
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,10 @@ LEVELS = (0.1**0.5, 0.5**0.5, 1.0, er_noise_level)  # tau of the fine tables
 FINE, FINER = 100, 2  # their rows: at least so many, and so many times those of the others
 GROUPS = 8  # of samples
 DIRECTIONS = 64  # that distributions are compared along
-NUMBERS = 2**21  # that are held at a time, about
+NUMBERS = 2**21  # that are held at a time, about: as fits a CPU's cache
+MANY = (
+    2**26
+)  # the same elsewhere: where a kernel takes far longer than its launch, and processes share memory
 ENDLESS = 40.0  # |lam| where there is no signal, or no noise
 FORGOTTEN = 3.0  # what a row adds to log c when next to nothing of the noise before it is kept
 
@@ -44,9 +48,16 @@ def law_distances(
     sde: LinearSDE, law: Law, tables: Sequence[Tableau], n: int, generator: torch.Generator
 ) -> Distances:
     """Between the outputs of the tables from the prior, n samples of each, and the law at their last time,
-    which is the same for all."""
+    which is the same for all. Computed where the law and the generator are.
+
+    Raises ValueError if these are on different devices."""
+    if generator.device not in (law.device, torch.device(law.device.type)):
+        raise ValueError(
+            f"expected a law and a generator on one device, found {law.device} and {generator.device}"
+        )
     exact, each = law.denoiser(sde), max(2, n // GROUPS)
-    directions = torch.randn(law.dim, DIRECTIONS, generator=generator, dtype=torch.float64)
+    normals_of = partial(torch.randn, generator=generator, dtype=torch.float64, device=law.device)
+    directions = normals_of(law.dim, DIRECTIONS)
     directions = directions / directions.norm(dim=0)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -56,22 +67,23 @@ def law_distances(
         return (x @ directions).sort(-2).values
 
     fine = fine_tables(sde, max(FINE, FINER * max(map(len, tables))), float(tables[0].times[-1]))
-    size = max(1, NUMBERS // (each * law.dim * (1 + min(len(law.means), 32))))
+    held = NUMBERS if law.device.type == "cpu" else MANY
+    size = max(1, held // (each * law.dim * (1 + min(len(law.means), 32))))
     parts = [tables[i : i + size] for i in range(0, len(tables), size)]
     clocks = [clocks_of(sde, fine, part) for part in parts]
 
     def apart() -> Tensor:
         """(T, n, R) the differences of quantiles, of one group."""
-        normals = torch.randn(each, law.dim, generator=generator, dtype=torch.float64)
+        normals = normals_of(each, law.dim)
         data = law.sample(each, generator=generator).reshape(each, -1)
         start = sde.alpha(sde.t_max) * data + sde.sigma(sde.t_max) * normals
-        drawn = torch.randn(len(fine.lam) - 1, *start.shape, generator=generator, dtype=torch.float64)
+        drawn = normals_of(len(fine.lam) - 1, *start.shape)
         wanted = quantiles(run_stack(stack(fine.tables), denoise, start, drawn))
         motion, found = fine.motion(drawn), []
         for part, clock in zip(parts, clocks, strict=True):
             noise = increments(fine, motion, clock, generator)
             x = run_stack(stack(part), denoise, sde.prior_std * normals, noise)
-            found.append((quantiles(x) - wanted[clock.level]).float())
+            found.append((quantiles(x) - wanted[clock.level.to(x.device)]).float())
         return torch.cat(found)
 
     return _between_groups(torch.stack([apart() for _ in range(GROUPS)]))
@@ -92,9 +104,11 @@ class Fine(NamedTuple):
         return self.log_clock[:, j - 1].lerp(self.log_clock[:, j], share)
 
     def motion(self, normals: Float[Tensor, "f n d"]) -> Float[Tensor, "g l n d"]:
-        """W at the nodes, from the normals of the rows."""
-        steps = self.log_clock.exp().diff().sqrt().T[:, :, None, None] * normals[:, None]
-        return pad(steps.cumsum(0), (0, 0, 0, 0, 0, 0, 1, 0))
+        """W at the nodes, from the normals of the rows, on their device."""
+        roots = self.log_clock.exp().diff().sqrt().T.to(normals.device)
+        W = normals.new_zeros(1 + len(normals), roots.shape[1], *normals.shape[1:])
+        torch.mul(roots[:, :, None, None], normals[:, None], out=W[1:])
+        return W.cumsum_(0)
 
 
 def fine_tables(sde: LinearSDE, rows: int, end: float) -> Fine:
@@ -141,31 +155,51 @@ def clocks_of(sde: LinearSDE, fine: Fine, tables: Sequence[Tableau]) -> Clocks:
     return Clocks(level, logs[level, torch.arange(len(level))].exp())
 
 
-def increments(
-    fine: Fine, motion: Float[Tensor, "g l n d"], clocks: Clocks, generator: torch.Generator
-) -> Iterator[Float[Tensor, "t n d"]]:
-    """Standard normals for every row: what W does over it, over the root of the time that takes. For a row
-    that does not go on from all before it, new ones.
+class Bridges(NamedTuple):
+    """What K rows of T tables need of W (K, T): the node of the fine tables before the row's end, whether the
+    row starts after it, how far between the nodes it ends and what W spreads there, whether it goes on from
+    all before it, and the root of the time it takes."""
 
-    Between the nodes of the fine tables W is a bridge from where the last row left it."""
-    nodes, level = fine.log_clock.exp()[clocks.level], clocks.level
-    now, W = clocks.values[:, 0], motion[0, level]
+    before: Tensor
+    inside: Tensor
+    share: Tensor
+    spread: Tensor
+    goes_on: Tensor
+    root: Tensor
+
+
+def bridges_of(fine: Fine, clocks: Clocks) -> Bridges:
+    """On the host: so many small numbers are no work for another device."""
+    nodes, now, rows = fine.log_clock.exp()[clocks.level], clocks.values[:, 0], []
     for then in clocks.values.T[1:].contiguous():
-        z = torch.randn(W.shape[1:], generator=generator, dtype=W.dtype)
         j = torch.searchsorted(nodes, then[:, None])[:, 0].clamp(1, nodes.shape[1] - 1)
         before, after = (nodes.gather(1, i[:, None])[:, 0] for i in (j - 1, j))
         left = torch.maximum(now, before)
         share = ((then - left) / (after - left)).clamp(0, 1)
         spread = (share * (after - then).clamp_min(0)).sqrt()
-        known = torch.where(_wide(now > before), W, motion[j - 1, level])
-        met = known.lerp(motion[j, level], _wide(share)) + _wide(spread) * z
         goes_on = then > now * (1 + 1e-12)
-        yield torch.where(_wide(goes_on), (met - W) / _wide(torch.where(goes_on, then - now, 1.0).sqrt()), z)
-        now, W = torch.where(goes_on, then, now), torch.where(_wide(goes_on), met, W)
+        root = torch.where(goes_on, then - now, 1.0).sqrt()
+        rows.append(Bridges(j - 1, now > before, share, spread, goes_on, root))
+        now = torch.where(goes_on, then, now)
+    return Bridges(*map(torch.stack, zip(*rows, strict=True)))
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values[:, None, None]
+def increments(
+    fine: Fine, motion: Float[Tensor, "g l n d"], clocks: Clocks, generator: torch.Generator
+) -> Iterator[Float[Tensor, "t n d"]]:
+    """Standard normals for every row, on the device of the motion: what W does over it, over the root of the
+    time that takes. For a row that does not go on from all before it, new ones.
+
+    Between the nodes of the fine tables W is a bridge from where the last row left it."""
+    level, *bridges = (v.to(motion.device) for v in (clocks.level, *bridges_of(fine, clocks)))
+    W = motion[0, level]
+    for before, *row in zip(*bridges, strict=True):
+        inside, share, spread, goes_on, root = (values[:, None, None] for values in row)
+        z = torch.randn(W.shape[1:], generator=generator, dtype=W.dtype, device=W.device)
+        known = torch.where(inside, W, motion[before, level])
+        met = known.lerp(motion[1:][before, level], share) + spread * z
+        yield torch.where(goes_on, (met - W) / root, z)
+        W = torch.where(goes_on, met, W)
 
 
 def _between_groups(apart: Float[Tensor, "g t n r"]) -> Distances:

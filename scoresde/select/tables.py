@@ -58,21 +58,23 @@ def run_stack(
     x: Float[Tensor, "b d"],
     noise: Iterable[Tensor] = (),
 ) -> Float[Tensor, "t b d"]:
-    """Where every table takes the states `x`. `denoise(x, t)` of states (T B, D) and times (T B,); row k adds
-    the next of `noise`, (T, B, D) or, the same for all tables, (B, D)."""
+    """Where every table takes the states `x`, on their device. `denoise(x, t)` of states (T B, D) and times
+    (T B,); row k adds the next of `noise`, (T, B, D) or, the same for all tables, (B, D)."""
     count, batch, noises = len(tables.times), len(x), iter(noise)
-    state, history, missing = x.expand(count, *x.shape), [], x.new_tensor(math.nan)
+    used, noisy = tables.mix.any(0).tolist(), tables.noise.any(0).tolist()  # here, where nothing waits for it
+    tables = Stack(*(values.to(x.device) for values in tables))
+    state, history, missing = x.expand(count, *x.shape), [], x.new_full((), math.nan)
     for k in range(tables.keep.shape[1]):
         times = tables.times[:, k].repeat_interleave(batch)
         skip, out, keep, level = (v[:, k, None, None] for v in (*tables[1:4], tables.noise))
         denoised = denoise(state.reshape(count * batch, -1), times).view_as(state)
         history = [skip * state + out * denoised, *history[: tables.mix.shape[2] - 1]]
         state = keep * state
-        for weight, output in zip(tables.mix[:, k].T, history, strict=False):
-            if bool(weight.any()):
+        for weight, output, any_uses in zip(tables.mix[:, k].T, history, used[k], strict=False):
+            if any_uses:
                 state.addcmul_(weight[:, None, None], output)
         z = next(noises, missing)
-        if bool(level.any()):
+        if noisy[k]:
             state.addcmul_(level, z)
     return state
 
