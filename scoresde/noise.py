@@ -47,11 +47,11 @@ _PATH_ROW = -2  # of a path's end point; the tree node with heap index n = 1, 2,
 _RADIUS_BITS, _ANGLE_BITS = 40, 24
 
 # Pairs made at a time. On a CPU the temporaries then stay in its cache. No number depends on it.
-_BLOCK_CPU, _BLOCK = 2**17, 2**24
+_BLOCK_CPU, _BLOCK = 2**17, 2**22
 
 # Normals of rows that are made ahead, and such rows, at most; a GPU takes as long for one row as for several.
 # No number depends on them.
-_AHEAD_CPU, _AHEAD, _ROWS_AHEAD = 2**16, 2**22, 2**8
+_AHEAD_CPU, _AHEAD, _ROWS_AHEAD = 2**16, 2**24, 2**8
 
 
 def _signed(n: int) -> int:

@@ -7,7 +7,7 @@ Triton, which comes with the CUDA builds of torch, and the C compiler that Trito
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -34,6 +34,7 @@ def fill(out: Tensor, keys: Tensor) -> None:
 
 
 @triton.jit(do_not_specialize=["streams", "pairs", "elements"])  # one compilation for all shapes
+@no_type_check  # it is source code for Triton
 def _normals(keys, out, streams, pairs, elements, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     stream = i // pairs

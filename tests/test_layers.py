@@ -25,7 +25,8 @@ _WORKSHOP = ["sampling", "likelihood", "metrics", "guidance", "energy", "ddpm", 
 STANDS_ON: dict[str, list[str]] = {
     "text": [],
     "schedules": [],
-    "noise": [],
+    "noise": ["noise_kernel"],
+    "noise_kernel": [],
     "networks": ["gradients"],
     "spectrum": [],
     "engines": ["spectrum"],
@@ -57,7 +58,12 @@ TORCH_ONLY = {"schedules", "noise", "networks", "engines", "gradients"}
 
 # What may be imported while a module is imported: light, or there anyway since torch imports it.
 LIGHT = {"torch", "jaxtyping", "numpy", "safetensors", "tqdm"}
-LIGHT_IN_ROOM = {"cli": {"tyro"}, "testing": {"hypothesis"}, "interop": {"diffusers"}}
+LIGHT_IN_ROOM = {
+    "cli": {"tyro"},
+    "testing": {"hypothesis"},
+    "interop": {"diffusers"},
+    "noise_kernel": {"triton"},
+}
 HEAVY = ["torchsde", "scipy", "sklearn", "matplotlib", "accelerate", "diffusers", "tyro", "hypothesis"]
 
 RUNS_CODE = {

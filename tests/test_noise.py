@@ -456,7 +456,7 @@ def test_noises_are_themselves_and_cannot_be_changed():
 
 
 def test_sizes_of_what_is_made_at_once(monkeypatch):
-    """Blocks of 2^17 pairs on the CPU and 2^24 elsewhere, shared by the streams; at most 2^16 numbers and
+    """Blocks of 2^17 pairs on the CPU and 2^22 elsewhere, shared by the streams; at most 2^16 numbers and
     2^8 rows ahead."""
     sizes, plain, made, original = [], module._box_muller, [], Noise._normals
 
@@ -472,7 +472,7 @@ def test_sizes_of_what_is_made_at_once(monkeypatch):
     for device, batch, elements, known in (
         ("cpu", 1, 2**18 + 9, [2**17, 5]),
         ("cpu", 4, 2**16 + 9, [2**15, 5]),
-        ("meta", 1, 2**25 + 9, [2**24, 5]),
+        ("meta", 1, 2**23 + 9, [2**22, 5]),
         ("cpu", 2**17 + 1, 3, [1, 1]),
     ):
         sizes.clear()
