@@ -28,7 +28,7 @@ LEVELS = (0.1**0.5, 0.5**0.5, 1.0, er_noise_level)  # tau of the fine tables
 FINE, FINER = 100, 2  # their rows: at least so many, and so many times those of the others
 GROUPS = 8  # of samples
 DIRECTIONS = 64  # that distributions are compared along
-# Numbers that are held at a time, about: on a CPU what fits its cache, elsewhere what takes longer than a launch.
+# Numbers that are held at a time, about: on a CPU what fits its cache, elsewhere what outlasts a launch.
 NUMBERS, MANY = 2**21, 2**26
 ENDLESS = 40.0  # |lam| where there is no signal, or no noise
 FORGOTTEN = 3.0  # what a row adds to log c when next to nothing of the noise before it is kept
