@@ -88,7 +88,7 @@ def board(name: str) -> Board:
         model, shape = checkpoint.load(PATH).eval(), digits.SHAPE
         noise = partial(_normal, shape, torch.float32)
         label = lambda n: {"label": digits.labels(n)}  # noqa: E731
-        return Board(model, shape, 640, 512, 128, 590.0, 6, 64, noise, label)
+        return Board(model, shape, 640, 2048, 128, 590.0, 6, 64, noise, label)
     law = problems.problem(name)
     noise = partial(_normal, (law.dim,), torch.float64)
     if name == "subspace":
