@@ -97,8 +97,8 @@ def board(name: str) -> Board:
         turned = lambda n, seed: problems.to_inside(noise(n, seed))  # noqa: E731
         shape, denoiser = (inside.dim,), inside.denoiser(SDE)
         return Board(denoiser, shape, 2048, 1024, 64, 115.0, 6, law.dim, turned)
-    n, batch = (4096, 2**14) if name == "ring" else (8192, 64)
-    return Board(law.denoiser(SDE), (law.dim,), n, 4096, batch, 115.0, 6, law.dim, noise)
+    batch = 2**14 if name == "ring" else 64
+    return Board(law.denoiser(SDE), (law.dim,), 4096, 4096, batch, 115.0, 6, law.dim, noise)
 
 
 class Run(NamedTuple):
