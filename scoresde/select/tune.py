@@ -38,13 +38,12 @@ STAGES = {
 USUAL_FIRST = {name: GRIDS[name] for name in ("quadratic", "karras(rho=7)")} | GRIDS
 SCREENED, RANKED, SHORTLIST = 64, 512, 16  # noises that every configuration runs on; that the best ones do
 SCREENING = 0.3  # of the time after references
-SCOUTING = 0.5  # of the time that is left then: fits from all starts
-# What is drawn from a set, as a share of it and at least: to fit on from a start, in a first step from an
-# end of these, and to judge by. Steps get at least so many numbers for each parameter.
-SCOUTS, FITTED, JUDGED = (1 / 64, 24), (1 / 16, 32), (1 / 4, 64)
+SCOUTING = 0.6  # of the time that is left then: fits from all starts
+# What is drawn from a set, as a share of it and at least: to fit on from every start, from the best end, and
+# to judge by. Fits get at least so many numbers for each parameter.
+SCOUTS, FITTED, JUDGED = (1 / 64, 24), (1 / 4, 64), (1 / 4, 64)
 NUMBERS = 8
-ROUNDS = 3  # of fits from ends: from the better half of those of the round before, on twice as many noises
-STEPS = 2**16  # more than a fit has
+ROUNDS = 2  # fits from the best end
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
@@ -204,12 +203,11 @@ def tune(
     The error is the distance to the probability-flow solution from the same noise. Three sets of n noises
     (samples 0..3n-1 of the seed) are taken to their ends with `reference` steps of the solver that is
     `compare`'s reference. All solvers run on all grids; from the `starts` best ones the table is fitted on a
-    few noises of the first set, and from the better ends of these on new ones in every step, by Gauss-Newton
-    steps from evaluations of the model alone (see `tuning_fit`); which noises is drawn, those with large
-    errors more often. Of all tables on the way those that are best on noises drawn from the second set are
-    kept, the best of these on the whole set is taken, and reported on the third beside the best fixed one.
-    Where no table is better there, or it sends significantly more samples to other ends, the fixed one is
-    returned.
+    few noises of the first set, and from the best end of these on more, by Levenberg-Marquardt from
+    evaluations of the model alone (see `tuning_fit`); which noises is drawn, those with large errors more
+    often. Of all tables on the way those that are best on noises drawn from the second set are kept, the best
+    of these on the whole set is taken, and reported on the third beside the best fixed one. Where no table is
+    better there, or it sends significantly more samples to other ends, the fixed one is returned.
 
     solver     a deterministic TableSolver, or several
     what       "grid": the times, with the solver's own coefficients, which then suit other models of such
@@ -339,7 +337,7 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
         before = time.perf_counter()
         untuned = sets.judge.distances(natural(fixed_table))
         # Of the runs that are still to come each takes as long as this one.
-        runs = task.starts * (len(task.stages) + 3) + ROUNDS + 2
+        runs = task.starts * (len(task.stages) + 2) + ROUNDS + 2
         until = started + task.seconds - runs * (time.perf_counter() - before)
         try:
             _fitted(task, sets, _spread(ranked, task.starts), fits, until, tell)
@@ -422,48 +420,32 @@ def _fitted(
     tell: Callable[[Best], None],
 ) -> None:
     """Fit from every start on a few noises, for where a fit ends depends on where it starts, and from the
-    better ends on new ones in every step. `fits` gets each before it begins."""
+    best end on more. `fits` gets each before it begins."""
     forms = [natural(table) for _, table in chosen]
     train, judge = (
         partial(noises.drawn, importance([noises.distances(form) for form in forms], sets.flip))
         for noises in (sets.train, sets.judge)
     )
 
-    def fit(candidate: Candidate, best: Best, n: tuple[float, int], limit: float, fresh: bool) -> Attempt:
-        """On noises of its own, so that none is judged by those that another was lucky on; unless fresh all
-        steps have the same."""
+    def fit(candidate: Candidate, best: Best, n: tuple[float, int], limit: float) -> Best:
+        """On noises of its own, so that none is judged by those that another was lucky on."""
         fits.append(Attempt(candidate, best, sets))
         enough = NUMBERS * len(best.space) / max(sets.train.start[0].numel(), 1)
-        number, first = _number(sets.train, n, enough), STEPS * len(fits)
-        same = train(number, first)
-        draw = (lambda k: train(number, first + k)) if fresh else (lambda k: same)
-        Fit(draw, judge(_number(sets.judge, JUDGED), len(fits)), sets.flip, limit, tell)(best)
-        return fits[-1]
+        few = train(_number(sets.train, n, enough), len(fits))
+        Fit(few, judge(_number(sets.judge, JUDGED), len(fits)), sets.flip, limit, tell)(best)
+        return best
 
-    now, ends = time.perf_counter(), []
+    ends, now = [], time.perf_counter()
     scouted = now + SCOUTING * (until - now)
     for k, (candidate, _) in enumerate(chosen):
-        limit = _share(scouted, len(chosen) - k)
-        ends.append(_in_stages(task, candidate, limit, partial(fit, candidate, n=SCOUTS, fresh=False)))
-    for k in range(ROUNDS):
-        share, least = FITTED
-        ends = _better(ends, _share(until, ROUNDS - k), partial(fit, n=(2**k * share, least), fresh=True))
-
-
-def _better(ends: list[Attempt], until: float, fit: Callable[..., Attempt]) -> list[Attempt]:
-    """Fits from the better half of ends."""
-    better = sorted(ends, key=lambda end: end.rank)[: max(1, len(ends) // 2)]
-    made = []
-    for k, end in enumerate(better):
-        again = Best(end.best.space, end.best.parameters)
-        made.append(fit(end.candidate, again, limit=_share(until, len(better) - k)))
-    return made
-
-
-def _share(until: float, number: int) -> float:
-    """When the first of so many is over, of which all have the same time until then."""
-    now = time.perf_counter()
-    return now + (until - now) / number
+        now = time.perf_counter()
+        limit = now + (scouted - now) / (len(chosen) - k)
+        _in_stages(task, candidate, limit, partial(fit, candidate, n=SCOUTS))
+        ends.append(fits[-1])
+    end = min(ends, key=lambda end: end.rank)
+    best = end.best
+    for _ in range(ROUNDS):
+        best = fit(end.candidate, Best(best.space, best.parameters), FITTED, until)
 
 
 def _number(noises: Noises, n: tuple[float, int], enough: float = 0.0) -> int:
@@ -472,20 +454,16 @@ def _number(noises: Noises, n: tuple[float, int], enough: float = 0.0) -> int:
     return math.ceil(max(share * len(noises), least, enough))
 
 
-def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[..., Attempt]) -> Attempt:
+def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[..., Best]) -> None:
     """Fit what may change, each stage from the best grid of the one before."""
     steps = candidate.steps(task.calls)
     assert steps is not None  # it has a table
     grid = candidate.grid(task.sde, steps, task.end)
-    for moves, free in task.stages[:-1]:
+    for k, (moves, free) in enumerate(task.stages, 1):
         space, now = Space(task.sde, candidate.solver, grid, moves, free), time.perf_counter()
-        best = fit(_here(space), limit=now + EARLY * (until - now)).best
+        limit = until if k == len(task.stages) else now + EARLY * (until - now)
+        best = fit(Best(space, torch.zeros(len(space), dtype=torch.float64)), limit=limit)
         grid = space.moved(best.parameters[: len(grid)]) if moves else grid
-    return fit(_here(Space(task.sde, candidate.solver, grid, *task.stages[-1])), limit=until)
-
-
-def _here(space: Space) -> Best:
-    return Best(space, torch.zeros(len(space), dtype=torch.float64))
 
 
 def more_flips(before: Tensor, after: Tensor, flip: float) -> float:

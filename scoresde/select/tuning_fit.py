@@ -1,4 +1,4 @@
-"""Least squares of a table's parameters against reference trajectories: Gauss-Newton steps from forward
+"""Least squares of a table's parameters against reference trajectories: Levenberg-Marquardt from forward
 evaluations of the model alone, robust against samples that end elsewhere.
 
     minimise over p   mean_i c^2 log(1 + e_i(p)^2/c^2) + r |p|^2,    e_i the distance of sample i from its end
@@ -7,19 +7,15 @@ evaluations of the model alone, robust against samples that end elsewhere.
 flips, so that the bulk and its tail count, and samples that end in another mode hardly do. Tables are judged
 on other noises than they are fitted on, and the best one there is what is found.
 
-Derivatives are forward differences, which are nearly all of the cost. Where every step takes them on a few
-noises that no step had before, what these say of the loss near by is added to what earlier ones said
-(incremental Gauss-Newton, the extended Kalman filter of Bertsekas 1996, doi 10.1137/S1052623494268522): k
-steps are nearly a fit on the noises of all of them, at the price of one step on all. Where steps keep to the
-same noises this is Levenberg-Marquardt, which goes further, but in the end to what suits these noises alone.
-
 A few samples in thousands are most of a mean square, and which these are is much the same for all tables:
 those between two modes. So the noises of both kinds are drawn from many more by `importance`.
+
+Derivatives are forward differences; between them Broyden's rank-one updates (1965, doi
+10.1090/S0025-5718-1965-0198670-6), which cost no call of the model, as long as they predict what happens.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -36,10 +32,9 @@ from .tuning_runs import Noises, Trace
 
 WIDTH = 5.0  # c in root mean squares
 RIDGE = 1e-5  # a parameter of 1 costs this share of the loss
-STRAY = 0.25  # share of the loss by which a step may miss what its noises' own equations say
-MEMORY = 32  # steps: the last one is at least one of so many in what is known
+TRUST = 0.5  # share of the predicted gain with which an updated Jacobian is used again
 IDLE_GAIN = 1e-3
-IDLE, STALE = 5, 12  # steps in a row that promise less, or that give no better table on the other noises
+IDLE, STALE = 5, 12  # iterations in a row that gain less, or that give no better table on the other noises
 FIRST, SMALLEST, LARGEST = 1e-2, 1e-9, 1e6  # damping
 
 
@@ -92,10 +87,9 @@ class Best:
 
 
 class Point(NamedTuple):
-    """Parameters (P,), their run on some noises, and its residuals (n, d)."""
+    """Parameters (P,), their run on the noises that are fitted on, and its residuals (n, d)."""
 
     parameters: Tensor
-    noises: Noises
     trace: Trace
     residuals: Tensor
 
@@ -107,10 +101,10 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Noises to fit on, `draw(k)` those of step k, and to judge on, the distance that is a flip, the time (of
-    `perf_counter`) to stop at, and who is told of every step."""
+    """Noises to fit on and to judge on, the distance that is a flip, the time (of `perf_counter`) to stop at,
+    and who is told of every iteration."""
 
-    draw: Callable[[int], Noises]
+    train: Noises
     judge: Noises
     flip: float
     until: float
@@ -119,119 +113,85 @@ class Fit:
     def __call__(self, best: Best) -> None:
         """Fit from where `best` is. What is better on the noises that are not fitted on is put there at once,
         whatever ends the fit."""
-        space, parameters = best.space, best.parameters
-        best.errors = self._judged(best.form)
-        known, noises, damping, idle, stale = None, None, FIRST, 0, 0
-        for k in itertools.count():
-            before, noises, started = noises, self.draw(k), time.perf_counter()
-            here = _at(noises, space, parameters)
-            # Slopes share half of their runs with `here`. Without time for them there is none for a step.
-            enough = (time.perf_counter() - started) * len(space) / 4
-            if time.perf_counter() + enough > self.until:
+        space, started = best.space, time.perf_counter()
+        here, best.errors = self._at(space, best.parameters), self._judged(best.form)
+        # Slopes share half of their runs with `here`: if there is no time for them, there is none for a step.
+        enough = (time.perf_counter() - started) * len(space) / 4
+        damping, idle, stale = FIRST, 0, 0
+        slopes, exact = None, False
+        while idle < IDLE and stale < STALE and damping < LARGEST:
+            if time.perf_counter() + (enough if slopes is None else 0) > self.until:
                 return
-            local = Local.of(here, _slopes(space, here), self.flip)
-            # The same noises again say nothing new.
-            known = local.equations if noises is before else local.equations.after(known, k)
-            there, damping = _step(space, here, local, known, damping)
-            if there is None:
-                break
-            step = there.parameters - parameters
-            idle = idle + 1 if known.promised(step) < IDLE_GAIN * local.loss else 0
-            parameters, known = there.parameters, known.moved(step)
-            errors = self._judged(space.forms(parameters[None]))
-            stale = 0 if errors.rank < best.errors.rank else stale + 1
-            if errors.rank < best.errors.rank:
-                best.parameters, best.errors = parameters, errors
-            best.history.append((Errors.of(here.errors, self.flip, noises.weight).rms, errors.rms))
-            self.tell(best)
-            if idle == IDLE or stale == STALE:
-                break
+            if slopes is None:
+                slopes, exact = self._slopes(space, here), True
+            local = Local.of(here, slopes, self.flip, self.train.weight)
+            step, promised = local.step(damping)
+            try:
+                there = self._at(space, here.parameters + step)
+            except ValueError:  # steps of the grid that vanish
+                there = None
+            gain = local.loss - local.loss_at(there) if there else -math.inf
+            if there and gain > 0:
+                change = there.residuals - here.residuals
+                here, damping = there, max(damping / 5, SMALLEST)
+                errors = self._judged(space.forms(here.parameters[None]))
+                stale = 0 if errors.rank < best.errors.rank else stale + 1
+                if errors.rank < best.errors.rank:
+                    best.parameters, best.errors = here.parameters, errors
+                idle = 0 if gain > IDLE_GAIN * local.loss else idle + exact
+                fitted = Errors.of(here.errors, self.flip, self.train.weight)
+                best.history.append((fitted.rms, errors.rms))
+                self.tell(best)
+                if gain > max(TRUST * promised, IDLE_GAIN * local.loss):
+                    slopes, exact = _updated(slopes, step, change), False
+                    continue
+            elif exact:
+                damping *= 4
+                continue
+            slopes = None
         best.done = True
 
     def _judged(self, form: Form) -> Errors:
         return Errors.of(self.judge.distances(form), self.flip, self.judge.weight)
 
+    def _at(self, space: Space, parameters: Tensor) -> Point:
+        trace = self.train.trace(space.forms(parameters[None]))
+        return Point(parameters, trace, self._residuals(trace.states[-1])[0])
 
-def _step(
-    space: Space, here: Point, local: Local, known: Equations, damping: float
-) -> tuple[Point | None, float]:
-    """Where what is known leads, with as much damping as it takes for the loss on the noises at hand to
-    change nearly as their own equations say, or if nothing else is known, to fall; nowhere if none is enough.
-    And the damping of the next step."""
-    while damping < LARGEST:
-        step = known.step(damping)
-        own = local.equations.promised(step)
-        try:
-            there = _at(here.noises, space, here.parameters + step)
-        except ValueError:  # steps of the grid that vanish
-            there = None
-        missed = own - (local.loss - local.loss_at(there)) if there else math.inf
-        if there and missed < (own if known is local.equations else STRAY * local.loss):
-            return there, max(damping / 5, SMALLEST)
-        damping *= 4
-    return None, damping
+    def _residuals(self, ends: Tensor) -> Tensor:
+        """(M, n, d) of ends (M, n, ...): a sample's error is the norm of its residuals."""
+        flat = (ends - self.train.target).flatten(2)
+        return flat / flat.shape[2] ** 0.5
+
+    def _slopes(self, space: Space, here: Point) -> Tensor:
+        """(P, n, d): forward differences of the residuals by every parameter."""
+        width = torch.finfo(self.train.start.dtype).eps ** (1 / 3)
+        around = here.parameters + width * torch.eye(len(here.parameters), dtype=torch.float64)
+        ends = self.train.ends(space.forms(torch.cat([here.parameters[None], around])), here.trace)
+        return (self._residuals(ends[1:]) - here.residuals) / width
 
 
-def _at(noises: Noises, space: Space, parameters: Tensor) -> Point:
-    trace = noises.trace(space.forms(parameters[None]))
-    return Point(parameters, noises, trace, _residuals(noises, trace.states[-1])[0])
-
-
-def _residuals(noises: Noises, ends: Tensor) -> Tensor:
-    """(M, n, d) of ends (M, n, ...): a sample's error is the norm of its residuals."""
-    flat = (ends - noises.target).flatten(2)
-    return flat / flat.shape[2] ** 0.5
-
-
-def _slopes(space: Space, here: Point) -> Tensor:
-    """(P, n, d): forward differences of the residuals by every parameter."""
-    width = torch.finfo(here.noises.start.dtype).eps ** (1 / 3)
-    around = here.parameters + width * torch.eye(len(here.parameters), dtype=torch.float64)
-    ends = here.noises.ends(space.forms(torch.cat([here.parameters[None], around])), here.trace)
-    return (_residuals(here.noises, ends[1:]) - here.residuals) / width
-
-
-class Equations(NamedTuple):
-    """A quadratic in steps from a place, `2 gradient s + s curvature s`: (P,), (P, P)."""
-
-    gradient: Tensor
-    curvature: Tensor
-
-    def step(self, damping: float) -> Tensor:
-        """The damped Gauss-Newton step."""
-        return -torch.linalg.solve(
-            self.curvature + damping * torch.diag(self.curvature.diag()), self.gradient
-        )
-
-    def promised(self, step: Tensor) -> float:
-        """By how much the loss should get less."""
-        return -float(2 * self.gradient @ step + step @ self.curvature @ step)
-
-    def moved(self, step: Tensor) -> Equations:
-        """The same quadratic from another place."""
-        return self._replace(gradient=self.gradient + self.curvature @ step)
-
-    def after(self, known: Equations | None, k: int) -> Equations:
-        """The mean of these of step k, counted from 0, and those of the steps before, which count the more
-        the later they were: in proportion to 1, 2, 3, ..., until these are one in MEMORY."""
-        if known is None:
-            return self
-        new = max(2 / (k + 2), 1 / MEMORY)
-        return Equations(*(new * now + (1 - new) * old for now, old in zip(self, known, strict=True)))
+def _updated(slopes: Tensor, step: Tensor, change: Tensor) -> Tensor:
+    """Slopes that give `change` (n, d) along `step` (P,), and are otherwise as they were (Broyden)."""
+    along = (step / step.square().sum()).to(slopes.device, slopes.dtype)
+    missed = change - torch.einsum("p,pnd->nd", step.to(slopes.device, slopes.dtype), slopes)
+    return slopes + along[:, None, None] * missed
 
 
 class Local(NamedTuple):
-    """The loss at a point for its width c, and the normal equations."""
+    """The loss at a point for its width c and samples of some weight (n,), and the normal equations: gradient
+    (P,) and curvature (P, P), both halved."""
 
     width: float
     weight: Tensor
     ridge: float
     loss: float
-    equations: Equations
+    gradient: Tensor
+    curvature: Tensor
 
     @classmethod
-    def of(cls, here: Point, slopes: Tensor, flip: float) -> Local:
-        errors, weight = here.errors, here.noises.weight
+    def of(cls, here: Point, slopes: Tensor, flip: float, weight: Tensor | None = None) -> Local:
+        errors = here.errors
         weight = torch.ones_like(errors) if weight is None else weight
         width = max(WIDTH * Errors.of(errors, flip, weight).rms, torch.finfo(torch.float64).tiny)
         ridge = RIDGE * _mean(_cauchy(errors, width), weight)
@@ -240,13 +200,19 @@ class Local(NamedTuple):
         sums = (weighted @ (here.residuals.double() * root).flatten()).cpu(), (weighted @ weighted.T).cpu()
         gradient = sums[0] + ridge * here.parameters
         curvature = sums[1] + ridge * torch.eye(len(gradient), dtype=torch.float64)
-        made = cls(width, weight, ridge, 0.0, Equations(gradient, curvature))
+        made = cls(width, weight, ridge, 0.0, gradient, curvature)
         return made._replace(loss=made.loss_at(here))
 
     def loss_at(self, point: Point) -> float:
         """What is minimised, by the width and the ridge of this place; NaN if an end is not finite."""
         loss = _mean(_cauchy(point.errors, self.width), self.weight)
         return loss + self.ridge * point.parameters.square().sum().item()
+
+    def step(self, damping: float) -> tuple[Tensor, float]:
+        """The damped Gauss-Newton step, and what the loss should gain by it."""
+        damped = self.curvature + damping * torch.diag(self.curvature.diag())
+        step = -torch.linalg.solve(damped, self.gradient)
+        return step, -float(2 * self.gradient @ step + step @ self.curvature @ step)
 
 
 def importance(runs: Sequence[Tensor], flip: float) -> Tensor:
