@@ -36,16 +36,19 @@ class Outputs:
 
 
 class States(Outputs):
-    """The same of the states that outputs lead to, which nobody writes to. Small ones wait for each other: a
-    GPU takes as long for one as for several, and as long as for a step."""
+    """The same of the states that outputs lead to, all of one shape, which nobody writes to. Small ones wait
+    for each other: a GPU takes as long for one as for several, and as long as for a step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waiting: list[Tensor] = []
 
     def __call__(self, out: Tensor) -> None:
+        if out.numel() > SMALL:
+            super().__call__(out)
+            return
         self.waiting.append(out)
-        if len(self.waiting) == TOGETHER or out.numel() > SMALL:
+        if len(self.waiting) == TOGETHER:
             self._look()
 
     def first_bad(self) -> int | None:
@@ -55,11 +58,9 @@ class States(Outputs):
         return super().first_bad()
 
     def _look(self) -> None:
-        seen = torch.stack(self.waiting).flatten(1)
-        self._keep(
-            torch.linalg.vector_norm(seen, math.inf, dim=1) if seen.numel() else seen.new_zeros(len(seen))
-        )
-        self.waiting = []
+        seen, self.waiting = torch.stack(self.waiting).flatten(1), []
+        none = seen.new_zeros(len(seen))
+        self._keep(torch.linalg.vector_norm(seen, math.inf, dim=1) if seen.numel() else none)
 
 
 class Watch:
