@@ -135,7 +135,7 @@ def test_states_wait_for_each_other(bad: int | None, small: bool, monkeypatch: p
     monkeypatch.setattr(module, "SMALL", 6 if small else 5)
     states = States()
     for k in range(7):
-        states(torch.full((2, 3), math.inf if k == bad else -1.0))
+        states(torch.full((2, 3), math.inf if k == bad else -3e38))  # whose squares overflow
         assert len(states.waiting) == ((k + 1) % 3 if small else 0)
     assert states.first_bad() == bad
     assert not states.waiting and [len(block) for block in states.blocks] == ([6] if small else [2, 2, 2])
