@@ -110,14 +110,14 @@ class Run(NamedTuple):
 
 
 class InBlocks(BaseDenoiser):
-    """A denoiser whose temporaries stay in the processor's cache: 64 samples at a time."""
+    """A denoiser whose temporaries stay in the processor's cache: `size` samples at a time."""
 
-    def __init__(self, model: BaseDenoiser) -> None:
+    def __init__(self, model: BaseDenoiser, size: int = 64) -> None:
         super().__init__()
-        self.model, self.sde = model, model.sde
+        self.model, self.sde, self.size = model, model.sde, size
 
     def forward(self, x: Tensor, t: Time) -> Tensor:
-        return torch.cat([self.model(part, t) for part in x.split(64)])
+        return torch.cat([self.model(part, t) for part in x.split(self.size)])
 
 
 def score(found: Tensor, reference: Tensor, dim: int) -> Score:
@@ -255,6 +255,11 @@ def best_of_all(ranks: Ranks, calls: int) -> list[Run]:
     return sorted(ranks, key=ranks.__getitem__)[:16]
 
 
+def few_of_all(ranks: Ranks, calls: int) -> list[Run]:
+    """A shortlist: the 4 best."""
+    return sorted(ranks, key=ranks.__getitem__)[:4]
+
+
 STAGES: tuple[Stage, ...] = (("screen", best_of_all),)
 
 
@@ -265,25 +270,25 @@ def board(
     measure: Measure,
     default: Configuration,
     stages: tuple[Stage, ...] = STAGES,
-    comparable: bool = True,
 ) -> dict[str, Any]:
     """One problem: the score of every configuration where they are chosen, and where they are reported that
     of the chosen ones of both sides and of the default ("first": their error where they are screened).
 
-    stages: how those to choose from are found, from all of a side, stage by stage.
-    comparable: whether screening measures what the board is about, so that all of its errors are shown."""
+    stages: how those to choose from are found, from all of a side, stage by stage. What the last of them
+    finds is kept too."""
     tried: dict[Run, dict[int, Any]] = {run: {} for run in runs}
     fixed = [run for run in runs if (run.solver, run.grid) == default]
     alive, rows = {side: [run for run in runs if run.side == side] for side in SIDES}, []
     for n in sorted(calls):  # what is hopeless with few is not tried with more
         chosen = dict(zip(["default"], fixed, strict=False))
         for side, group in alive.items():
-            first = _measured(measure, group, n, stages[0][0])
+            first = last = _measured(measure, group, n, stages[0][0])
             kept = stages[0][1](_ranks(first), n)
             for stage, shortlist in stages[1:]:
-                kept = shortlist(_ranks(_measured(measure, kept, n, stage)), n)
+                last = _measured(measure, kept, n, stage)
+                kept = shortlist(_ranks(last), n)
             final = _measured(measure, kept, n, "choose")
-            for run, found in {**(first if comparable else {}), **final}.items():
+            for run, found in {**last, **final}.items():
                 tried[run][n] = found
             if final:
                 chosen[side] = min(final, key=lambda run: final[run].rank())
@@ -397,8 +402,8 @@ def summary(boards: list[dict[str, Any]], default: Configuration, legend: str) -
 
 def _ratio(side: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
     found = ratio(side, other)
-    if found is not None:
-        return f"{found:.2f}"
+    if found is not None and side is not None:
+        return f"{'<= ' if at_floor(side) else ''}{found:.2f}"
     return "at the floor" if side and other else "-"
 
 

@@ -391,7 +391,7 @@ ODE: dict[str, Public] = {  # the deterministic samplers that people use
     # the first three steps are rk4's
     "torchdiffeq explicit_adams": Public(torchdiffeq("explicit_adams", max_order=4), 1, 9),
 }
-ETAS = (1.0, 0.5, 0.1)  # noise levels: the eta of each library, from the reverse SDE towards the ODE
+ETAS = (1.0, 0.5, 0.1, 0.02)  # noise levels: the eta of each library, from the reverse SDE towards the ODE
 
 SDE: dict[str, Public] = {  # the stochastic samplers that people use
     **{

@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.denoiser import BaseDenoiser
+from scoresde.engines import FAINT
 from scoresde.laws import Gaussian, Law, LowRank, Mixture
+from scoresde.schedules import Time, wide
+from scoresde.sde import LinearSDE
 
 
 def gaussian(dim: int = 16, seed: int = 0) -> Gaussian:
@@ -80,6 +84,41 @@ def inside() -> Mixture:
     covs = OUTSIDE**2 * torch.eye(rank + 1, dtype=torch.float64).repeat(len(means), 1, 1)
     covs[:, :rank, :rank] += factors @ factors.mT
     return Mixture(_equal(len(means)), torch.nn.functional.pad(means, (0, 1)), covs)
+
+
+class Inside(BaseDenoiser):
+    """The denoiser of `inside` at one time for all samples, in a third of the time that its law takes: x is
+    multiplied with the directions U_k of all modes side by side, and so is what comes back. With
+    S_k = v I + U_k L_k U_k^T, F = alpha^2 v + sigma^2, G_k = alpha^2 L_k + F and d_k = x - alpha m_k it is
+
+        sum_k r_k (m_k + alpha v / F d_k + U_k (alpha L_k sigma^2 / (F G_k)) U_k^T d_k).
+
+    What cancels in the logits costs 1e-10 of them here."""
+
+    def __init__(self, sde: LinearSDE) -> None:
+        super().__init__()
+        self.sde = sde
+        _, means, factors = directions()
+        U, sizes, _ = torch.linalg.svd(torch.nn.functional.pad(factors, (0, 0, 0, 1)), full_matrices=False)
+        self.means = torch.nn.functional.pad(means, (0, 1))
+        self.L = sizes.square().flatten()  # (K r,)
+        self.U = U.transpose(0, 1).flatten(1)  # (R + 1, K r)
+        self.inside = (self.means[:, None] @ U).flatten()  # U_k^T m_k
+        self.sums = torch.eye(len(means), dtype=U.dtype).repeat_interleave(sizes.shape[1], 0)
+
+    def forward(self, x: Tensor, t: Time) -> Tensor:
+        alpha, var = self.sde.alpha(wide(t)), self.sde.sigma(wide(t)) ** 2
+        F = alpha**2 * OUTSIDE**2 + var
+        G = alpha**2 * self.L + F
+        z = x @ self.U - alpha * self.inside
+        # (|d_k|^2 - |x|^2) / F - |z|^2 (1 / F - 1 / G)
+        logits = x @ (alpha / F * self.means.mT) - alpha**2 / (2 * F) * self.means.square().sum(1)
+        logits += z.square() @ (0.5 * (1 / F - 1 / G)[:, None] * self.sums) - 0.5 * G.log() @ self.sums
+        r = logits.softmax(-1)
+        r = torch.where(r < FAINT, 0.0, r)
+        z *= r @ self.sums.mT
+        gain = alpha * self.L * var / (F * G)
+        return alpha * OUTSIDE**2 / F * x + r @ (var / F * self.means) + z @ (gain[:, None] * self.U.mT)
 
 
 def to_inside(x: Tensor) -> Tensor:

@@ -86,17 +86,18 @@ def board(name: str) -> Board:
     """ "ring" | "anisotropic" | "subspace" | "digits"."""
     if name == "digits":
         model, shape = checkpoint.load(PATH).eval(), digits.SHAPE
+        model.to(memory_format=torch.channels_last)  # a fifth faster here
         noise = partial(_normal, shape, torch.float32)
         label = lambda n: {"label": digits.labels(n)}  # noqa: E731
-        return Board(model, shape, 640, 2048, 128, 590.0, 6, 64, noise, label)
+        return Board(model, shape, 640, 2048, 160, 590.0, 6, 64, noise, label)
     law = problems.problem(name)
     noise = partial(_normal, (law.dim,), torch.float64)
     if name == "subspace":
         inside = problems.inside()
         turned = lambda n, seed: problems.to_inside(noise(n, seed))  # noqa: E731
         shape, denoiser = (inside.dim,), inside.denoiser(SDE)
-        return Board(denoiser, shape, 2048, 1024, 64, 115.0, 6, law.dim, turned)
-    batch = 2**14 if name == "ring" else 64
+        return Board(denoiser, shape, 2048, 1024, 256, 115.0, 6, law.dim, turned)
+    batch = 2**14 if name == "ring" else 256
     return Board(law.denoiser(SDE), (law.dim,), 4096, 4096, batch, 115.0, 6, law.dim, noise)
 
 

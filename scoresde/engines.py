@@ -21,6 +21,7 @@ from .spectrum import Spectrum
 
 # A variance of exactly 0 (a point mass seen without noise) stands for its limit from above.
 TINY = 1e-200
+FAINT = 1e-200
 
 
 class Terms(NamedTuple):
@@ -31,6 +32,12 @@ class Terms(NamedTuple):
     common: Callable[[], Tensor]
     data: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor], Tensor]
+
+    def shares(self) -> Tensor:
+        """r (B, K), the softmax of the logits. Those below FAINT are 0: what they would be multiplied to are
+        subnormal numbers, with which processors are slow, and nothing of it is left in a sum."""
+        r = self.logits.softmax(-1)
+        return torch.where(r < FAINT, 0.0, r)
 
 
 @runtime_checkable
@@ -141,6 +148,8 @@ class Rotated:
     floor: Tensor | None
 
     def terms(self, x: Tensor, alpha: Tensor, var: Tensor) -> Terms:
+        if self.floor is None and x.ndim == 2 and alpha.ndim == var.ndim == 0:
+            return self._at_once(x, alpha, var)
         a = alpha[..., None]
         z = (x @ self.beside).unflatten(-1, self.rotated.shape) - a * self.rotated
         V = (a**2 * self.values + var[..., None]).clamp_min(TINY)
@@ -160,6 +169,25 @@ class Rotated:
             partial(_nothing, x),
             lambda r: data(r) + _weighted(*on_data, r),
             lambda r: pull(r) + _weighted(*on_pull, r),
+        )
+
+    def _at_once(self, x: Tensor, alpha: Tensor, var: Tensor) -> Terms:
+        """The same for full covariances and one time for all samples: what is the same for all goes into the
+        matrices, and only `scaled` = V_k^(-1/2) U_k^T d_k is as large as all components side by side."""
+        V = (alpha**2 * self.values + var).clamp_min(TINY)
+        root = V.rsqrt()
+        moved = -(alpha * root * self.rotated).flatten()
+        scaled = torch.addmm(moved, x, self.beside * root.flatten()).unflatten(-1, V.shape)
+        quadratic = _squares(scaled)
+
+        def back(gain: Tensor, r: Tensor) -> Tensor:
+            return (r.unsqueeze(-1) * scaled).flatten(-2) @ (self.beside * gain.flatten()).mT
+
+        return Terms(
+            self.log_w - 0.5 * (quadratic + V.log().sum(-1)),
+            partial(_nothing, x),
+            lambda r: r @ self.means + back(alpha * self.values * root, r),
+            partial(back, root),
         )
 
     def _back(self, z: Tensor, gain: Tensor, r: Tensor) -> Tensor:
@@ -214,6 +242,12 @@ class Reduced:
 def _weighted(gain: Tensor, d: Tensor, r: Tensor) -> Tensor:
     """`sum_k r_k gain_k d_k` for d (B, K, D)."""
     return (r.unsqueeze(-1) * gain * d).sum(-2)
+
+
+def _squares(z: Tensor) -> Tensor:
+    """|z|^2 over the last axis; by the norm, which makes no tensor as large as z but has no second derivative
+    at 0, where none can be asked for."""
+    return z.square().sum(-1) if torch.is_grad_enabled() else torch.linalg.vector_norm(z, dim=-1).square()
 
 
 def _nothing(x: Tensor) -> Tensor:

@@ -71,6 +71,14 @@ def test_the_subspace_in_few_coordinates(solver):
     torch.testing.assert_close(few.norm(dim=1), full.norm(dim=1), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("t", [1.0, 0.5, 0.1, 0.01, 1e-3])
+def test_the_fast_denoiser_inside_is_that_of_the_law(t):
+    law, time = problems.inside(), torch.tensor(t, dtype=F64)
+    x = law.marginal(SDE, t).sample(64, generator=torch.Generator().manual_seed(1))
+    found = problems.Inside(SDE)(x, time)
+    torch.testing.assert_close(found, law.denoiser(SDE)(x, time), rtol=1e-9, atol=1e-11)
+
+
 def test_score_leaves_flips_out():
     found = torch.tensor([[0.0, 0.0], [0.1, 0.1], [3.0, 4.0], [math.nan, 0.0]], dtype=F64)
     score = accuracy.score(found, torch.zeros(4, 2, dtype=F64), 2)
@@ -117,6 +125,43 @@ def test_what_is_at_the_floor_has_no_ratio():
     assert accuracy.ratio(other, other) is None
     assert accuracy.ratio(one, other) == pytest.approx(4 / 1.5)
     assert accuracy.ratio(other, one) == pytest.approx(1.5 / 4)  # half the floor at least
+    assert accuracy._ratio(other, one) == "<= 0.38" and accuracy._ratio(one, other) == "2.67"
+    assert accuracy._ratio(other, other) == "at the floor"
+
+
+def test_a_board_narrows_down_and_keeps_what_was_measured_last():
+    """20 runs of each side, of which the first 16, by what is screened, are tried again; of these 4 by the
+    next measure are chosen from, by the last one, which the others would have won."""
+    runs = [
+        accuracy.Run(side, f"{side}{k}", "grid", lambda *args: None)
+        for side in accuracy.SIDES
+        for k in range(20)
+    ]
+    asked = []
+
+    def measure(run, calls, stage):
+        asked.append((stage, run.solver))
+        k = int(run.solver.removeprefix(run.side))
+        error = {
+            "screen": k,
+            "narrow": 20 - k,
+            "shortlist": abs(k - 10.4),
+            "choose": abs(k - 9.6),
+            "report": 1,
+        }
+        return accuracy_sde.Distance(1.0 + error[stage])
+
+    stages = tuple(zip(("screen", "shortlist"), (accuracy.best_of_all, accuracy.few_of_all), strict=True))
+    result = accuracy.board("gaussian", runs, [5], measure, ("ours3", "grid"), stages)
+    ours = [name for stage, name in asked if stage == "shortlist" and name.startswith("ours")]
+    assert ours == [f"ours{k}" for k in range(16)]
+    assert {name for stage, name in asked if stage == "choose"} == {
+        f"{side}{k}" for side in accuracy.SIDES for k in (9, 10, 11, 12)
+    }
+    (row,) = result["rows"]
+    assert [row[side]["solver"] for side in (*accuracy.SIDES, "default")] == ["ours10", "theirs10", "ours3"]
+    kept = {name: errors["grid"] for name, errors in result["all"]["ours"].items()}
+    assert sorted(kept) == sorted(ours) and kept["ours10"] == [1.4] and kept["ours8"] == [3.4]
 
 
 def test_one_path_shares_the_noise_of_a_step():

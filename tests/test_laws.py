@@ -15,7 +15,7 @@ from mpmath import mp
 from torch import Tensor
 
 from scoresde.denoiser import FLOW, NOISE, SCORE, VELOCITY, BaseDenoiser
-from scoresde.engines import Diagonal, Isotropic, Reduced, Rotated
+from scoresde.engines import Diagonal, Isotropic, Reduced, Rotated, Terms
 from scoresde.laws import Empirical, Gaussian, Law, LowRank, Mixture
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
 
@@ -181,6 +181,36 @@ def test_modes_that_share_directions_leave_a_narrow_frame(shared, width, device)
 
 
 # Tweedie, the views and Fokker-Planck
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ALL)
+def test_one_time_for_all_is_the_same_time_for_each(kind: str, grad: bool, device) -> None:
+    law = make(kind, seed=5)[0].to(device)
+    model, t = law.denoiser(VPSDE()), torch.tensor(0.2, dtype=torch.float64)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(7, law.dim))).to(device)
+    with torch.set_grad_enabled(grad):
+        for view in (model, model.score, model.log_prob):
+            near(view(x, t), view(x, t.expand(7)), 1e-12)
+
+
+def test_curvature_at_a_mean() -> None:
+    """Where the distance that the density is made of is 0, and a norm has no second derivative."""
+    law, _, _, S = make("one full", seed=6)
+    model, t = law.denoiser(VPSDE()), torch.tensor(0.3, dtype=torch.float64)
+    alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
+    hessian = torch.autograd.functional.hessian(lambda x: model.log_prob(x[None], t)[0], alpha * law.mean)
+    near(hessian, -np.linalg.inv(float(alpha) ** 2 * S[0] + float(sigma) ** 2 * np.eye(law.dim)), 1e-10)
+
+
+def test_faint_shares_are_nothing() -> None:
+    """Not the numbers below 1e-300 that a processor takes a hundred times as long to multiply."""
+    logits = torch.tensor([[0.0, -450.0, -470.0, -720.0], [math.nan, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    none = lambda *args: torch.zeros(())  # noqa: E731
+    shares = Terms(logits, none, none, none).shares()
+    assert shares[0, :2].tolist() == pytest.approx([1.0, math.exp(-450)]) and shares[0, 1] > 0
+    assert shares[0, 2:].tolist() == [0.0, 0.0]
+    assert shares[1].isnan().all()
 
 
 @pytest.mark.parametrize("sde", SDES, ids=str)

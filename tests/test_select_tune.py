@@ -162,6 +162,24 @@ def test_shared_rows_change_nothing(batch):
     assert torch.allclose(some.ends(forms, base), alone, rtol=0, atol=1e-13)
 
 
+def test_large_parts_of_a_batch_have_one_time_each():
+    """Of ten samples in calls of 40 at most all tables go alone, of nine they go together."""
+    times, seen = torch.tensor([0.5, 0.4, 0.5], dtype=F64), []
+
+    class Watched(BaseDenoiser):
+        sde = SDE
+
+        def forward(self, x, t):
+            seen.append((len(x), tuple(t.shape)))
+            return t.reshape(-1, 1) * x
+
+    for n in (10, 9):
+        some, x = noises(Watched(), n=n, batch=40), normals(3, n, 2)
+        assert torch.equal(some._denoised(x, times), times[:, None, None] * x)
+        assert torch.equal(some._denoised(x, times[[0, 0, 0]]), 0.5 * x)
+    assert seen == [(10, ())] * 3 + [(30, ())] + [(27, (27,)), (27, ())]
+
+
 def test_only_what_differs_is_run():
     """A weight of row k costs the calls of the rows after k, for the time of k is as before; and so does the
     state after row k."""
@@ -253,11 +271,12 @@ def point_of(slopes, residuals, parameters):
 def test_equations_are_those_of_the_loss(unchecked):
     slopes, residuals, start = normals(3, 40, 2), normals(40, 2, seed=1), normals(3, seed=2)
     here = point_of(slopes, residuals, start)
-    local = Local.of(here, slopes, 1e9)
     errors = here.residuals.norm(dim=1)
-    assert local.width == pytest.approx(5 * errors.square().mean().sqrt().item())
+    local = Local.of(here, slopes, 10 * errors.square().mean().sqrt().item())
+    rms = errors.square().mean().sqrt().item()
+    assert local.width == pytest.approx(0.3 * 10 * rms)
     assert local.loss == pytest.approx(
-        (local.width**2 * torch.log1p(errors**2 / local.width**2)).mean().item()
+        (local.width**2 * (1 - torch.exp(-(errors**2) / local.width**2))).mean().item()
         + local.ridge * start.square().sum().item()
     )
     for k in range(3):
@@ -279,6 +298,25 @@ def test_a_step_solves_a_linear_problem(unchecked):
     best = torch.linalg.lstsq(slopes.flatten(1).T, -residuals.flatten()[:, None]).solution[:, 0]
     assert torch.allclose(step, best, rtol=0.2)
     assert there <= local.loss_at(here)
+
+
+@pytest.mark.parametrize(
+    ("flip", "width"), [(0.5, 0.15), (math.inf, 1e3 * math.hypot(0.03, 0.04) / 2**0.5), (0.06, 2 * 0.05)]
+)
+def test_how_far_errors_count(flip, width, unchecked):
+    """Up to 0.3 of a flip, but up to twice the bulk at least, and where nothing flips as in least squares."""
+    residuals = torch.tensor([[0.03], [0.04]], dtype=F64) * (2**0.5 if flip < 0.1 else 1)
+    if flip < 0.1:
+        residuals = torch.tensor([[0.05], [-0.05]], dtype=F64)
+    here = point_of(torch.ones(1, 2, 1, dtype=F64), residuals, torch.zeros(1, dtype=F64))
+    assert Local.of(here, torch.ones(1, 2, 1, dtype=F64), flip).width == pytest.approx(width)
+
+
+def test_an_end_that_is_not_finite_is_no_gain(unchecked):
+    slopes, residuals = torch.ones(1, 3, 1, dtype=F64), normals(3, 1)
+    local = Local.of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3)
+    residuals[1] = math.inf
+    assert math.isnan(local.loss_at(point_of(slopes, residuals, torch.zeros(1, dtype=F64))))
 
 
 def test_flips_hardly_count(unchecked):

@@ -1,11 +1,13 @@
 """Least squares of a table's parameters against reference trajectories: Levenberg-Marquardt from forward
 evaluations of the model alone, robust against samples that end elsewhere.
 
-    minimise over p   mean_i c^2 log(1 + e_i(p)^2/c^2) + r |p|^2,    e_i the distance of sample i from its end
+    minimise over p   mean_i c^2 (1 - exp(-e_i(p)^2/c^2)) + r |p|^2,     e_i the distance of sample i
 
-(Cauchy's loss, by weights `1/(1 + e_i^2/c^2)`). c is 5 times the root mean square of the errors that are no
-flips, so that the bulk and its tail count, and samples that end in another mode hardly do. Tables are judged
-on other noises than they are fitted on, and the best one there is what is found.
+from its end (Welsch's loss, by weights `exp(-e_i^2/c^2)`; Holland & Welsch 1977, doi
+10.1080/03610927708827533), with c 0.3 of the distance that is a flip: errors up to there count as they do in
+a root mean square, and flips do not. A loss that goes on growing, such as Cauchy's, turns a flip into a
+sample that nearly is one, for which the root mean square of the others pays. Tables are judged on other
+noises than they are fitted on, and the best one there is what is found.
 
 A few samples in thousands are most of a mean square, and which these are is much the same for all tables:
 those between two modes. So the noises of both kinds are drawn from many more by `importance`.
@@ -30,7 +32,9 @@ from .comparison import MANY_FLIPS
 from .tuning_form import Form, Space
 from .tuning_runs import Noises, Trace
 
-WIDTH = 5.0  # c in root mean squares
+WIDTH = 0.3  # c as a share of the distance that is a flip,
+BULK = 2.0, 1e3  # and at least and at most so many root mean squares of the errors that are no flips
+SPREAD = 5.0  # root mean squares up to which a larger error is drawn more often
 RIDGE = 1e-5  # a parameter of 1 costs this share of the loss
 TRUST = 0.5  # share of the predicted gain with which an updated Jacobian is used again
 IDLE_GAIN = 1e-3
@@ -193,9 +197,9 @@ class Local(NamedTuple):
     def of(cls, here: Point, slopes: Tensor, flip: float, weight: Tensor | None = None) -> Local:
         errors = here.errors
         weight = torch.ones_like(errors) if weight is None else weight
-        width = max(WIDTH * Errors.of(errors, flip, weight).rms, torch.finfo(torch.float64).tiny)
-        ridge = RIDGE * _mean(_cauchy(errors, width), weight)
-        root = (weight / weight.sum() / (1 + (errors / width) ** 2)).sqrt()[:, None]
+        width = _width(Errors.of(errors, flip, weight).rms, flip)
+        ridge = RIDGE * _mean(_welsch(errors, width), weight)
+        root = (weight / weight.sum() * torch.exp(-((errors / width) ** 2))).sqrt()[:, None]
         weighted = (slopes.double() * root).flatten(1)
         sums = (weighted @ (here.residuals.double() * root).flatten()).cpu(), (weighted @ weighted.T).cpu()
         gradient = sums[0] + ridge * here.parameters
@@ -205,7 +209,9 @@ class Local(NamedTuple):
 
     def loss_at(self, point: Point) -> float:
         """What is minimised, by the width and the ridge of this place; NaN if an end is not finite."""
-        loss = _mean(_cauchy(point.errors, self.width), self.weight)
+        if not bool(point.errors.isfinite().all()):
+            return math.nan
+        loss = _mean(_welsch(point.errors, self.width), self.weight)
         return loss + self.ridge * point.parameters.square().sum().item()
 
     def step(self, damping: float) -> tuple[Tensor, float]:
@@ -217,20 +223,25 @@ class Local(NamedTuple):
 
 def importance(runs: Sequence[Tensor], flip: float) -> Tensor:
     """(n,) how much each noise matters, by distances (n,) of runs from it: one half is the same for all, the
-    other a noise's share of the weighted squares e^2/(1 + e^2/c^2) in a fit's equations, in the mean over
-    runs. Drawn with such probabilities (the best ones for a sum are those ~ its terms) no noise weighs more
-    than twice what it would if drawn evenly."""
+    other a noise's share of the squares e^2/(1 + e^2/w^2), w of 5 root mean squares, in the mean over runs,
+    for what flips in one of them may count in another. Drawn with such probabilities (the best ones for a sum
+    are those ~ its terms) no noise weighs more than twice what it would if drawn evenly."""
     tiny = torch.finfo(torch.float64).tiny
     shares = torch.zeros_like(runs[0])
     for errors in runs:
-        width = min(max(WIDTH * Errors.of(errors, flip).rms, tiny), flip)
+        width = min(max(SPREAD * Errors.of(errors, flip).rms, tiny), flip)
         squares = 1 / (1 + (width / errors) ** 2)
         shares += squares / squares.mean().clamp_min(tiny) / len(runs)
     return (1 + shares) / 2
 
 
-def _cauchy(errors: Tensor, width: float) -> Tensor:
-    return width**2 * torch.log1p((errors / width) ** 2)
+def _width(rms: float, flip: float) -> float:
+    low, high = (max(k * rms, torch.finfo(torch.float64).tiny) for k in BULK)
+    return min(max(WIDTH * flip, low), high)
+
+
+def _welsch(errors: Tensor, width: float) -> Tensor:
+    return -(width**2) * torch.expm1(-((errors / width) ** 2))
 
 
 def _mean(values: Tensor, weight: Tensor) -> float:

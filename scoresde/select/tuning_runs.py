@@ -12,6 +12,7 @@ from ..denoiser import BaseDenoiser, checked
 from .tuning_form import Form
 
 GOLDEN = (5**0.5 - 1) / 2
+ALONE = 1 / 4  # share of a batch that is large enough to go by itself, so that one time is that of all
 
 
 @dataclass
@@ -104,6 +105,9 @@ class Noises:
     def _denoised(self, x: Tensor, t: Tensor) -> Tensor:
         """D of states (M, n, ...) at times (M,)."""
         n, flat, made = len(self), x.flatten(0, 1), []
+        if len(self) >= ALONE * self.batch and bool((t != t[0]).any()):
+            alone = zip(x.split(1), t.split(1), strict=True)
+            return torch.cat([self._denoised(one, time) for one, time in alone])
         clock = t.repeat_interleave(n).split(self.batch)
         for some, times in zip(
             torch.arange(len(flat), device=x.device).split(self.batch), clock, strict=True
