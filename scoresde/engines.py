@@ -33,11 +33,12 @@ class Terms(NamedTuple):
     data: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor], Tensor]
 
-    def shares(self) -> Tensor:
-        """r (B, K), the softmax of the logits. Those below FAINT are 0: what they would be multiplied to are
-        subnormal numbers, with which processors are slow, and nothing of it is left in a sum."""
-        r = self.logits.softmax(-1)
-        return torch.where(r < FAINT, 0.0, r)
+
+def shares(logits: Tensor) -> Tensor:
+    """r (B, K), the softmax of the logits. Those below FAINT are 0: what they would be multiplied to are
+    subnormal numbers, with which processors are slow, and nothing of it is left in a sum."""
+    r = logits.softmax(-1)
+    return torch.where(r < FAINT, 0.0, r)
 
 
 @runtime_checkable
@@ -179,16 +180,16 @@ class Rotated:
         moved = -(alpha * root * self.rotated).flatten()
         scaled = torch.addmm(moved, x, self.beside * root.flatten()).unflatten(-1, V.shape)
         quadratic = _squares(scaled)
-
-        def back(gain: Tensor, r: Tensor) -> Tensor:
-            return (r.unsqueeze(-1) * scaled).flatten(-2) @ (self.beside * gain.flatten()).mT
-
+        back = partial(self._unscaled, scaled)
         return Terms(
             self.log_w - 0.5 * (quadratic + V.log().sum(-1)),
             partial(_nothing, x),
             lambda r: r @ self.means + back(alpha * self.values * root, r),
             partial(back, root),
         )
+
+    def _unscaled(self, scaled: Tensor, gain: Tensor, r: Tensor) -> Tensor:
+        return (r.unsqueeze(-1) * scaled).flatten(-2) @ (self.beside * gain.flatten()).mT
 
     def _back(self, z: Tensor, gain: Tensor, r: Tensor) -> Tensor:
         return (r.unsqueeze(-1) * gain * z).flatten(-2) @ self.beside.mT

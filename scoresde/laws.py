@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .denoiser import SCORE, BaseDenoiser, Prediction
-from .engines import Engine, Terms, engine_of
+from .engines import Engine, Terms, engine_of, shares
 from .schedules import Time, wide
 from .sde import LinearSDE, like
 from .spectrum import Covariance, LowRank, Numbers, Spectrum, real, spectrum_of, stack
@@ -384,7 +384,7 @@ class ExactDenoiser(BaseDenoiser):
 
     def forward(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, "b ..."]:
         terms = self._terms(x, t)
-        return terms.data(terms.shares()).reshape(x.shape).to(x.dtype)
+        return terms.data(shares(terms.logits)).reshape(x.shape).to(x.dtype)
 
     def of_component(
         self, x: Float[Tensor, "b ..."], t: Time, k: Int64[Tensor, " b"]
@@ -397,7 +397,7 @@ class ExactDenoiser(BaseDenoiser):
     def score(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, "b ..."]:
         """grad log p_t(x) = -sum_k r_k V_k^-1 (x - alpha m_k)."""
         terms = self._terms(x, t)
-        return -terms.pull(terms.shares()).reshape(x.shape).to(x.dtype)
+        return -terms.pull(shares(terms.logits)).reshape(x.shape).to(x.dtype)
 
     def log_prob(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, " b"]:
         """log p_t(x), nats; NaN at sigma = 0 if the law is degenerate."""
@@ -412,7 +412,7 @@ class ExactDenoiser(BaseDenoiser):
         terms, t = self._terms(x, t), wide(t).to(x.device)
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         p, q = (like(c, x.double()) for c in target.pq(alpha, sigma))
-        r = terms.shares()
+        r = shares(terms.logits)
         noise = like(sigma, x.double()) * terms.pull(r).reshape(x.shape)
         return (p * terms.data(r).reshape(x.shape) + q * noise).to(x.dtype)
 

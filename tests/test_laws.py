@@ -15,7 +15,7 @@ from mpmath import mp
 from torch import Tensor
 
 from scoresde.denoiser import FLOW, NOISE, SCORE, VELOCITY, BaseDenoiser
-from scoresde.engines import Diagonal, Isotropic, Reduced, Rotated, Terms
+from scoresde.engines import Diagonal, Isotropic, Reduced, Rotated, shares
 from scoresde.laws import Empirical, Gaussian, Law, LowRank, Mixture
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
 
@@ -206,11 +206,10 @@ def test_curvature_at_a_mean() -> None:
 def test_faint_shares_are_nothing() -> None:
     """Not the numbers below 1e-300 that a processor takes a hundred times as long to multiply."""
     logits = torch.tensor([[0.0, -450.0, -470.0, -720.0], [math.nan, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    none = lambda *args: torch.zeros(())  # noqa: E731
-    shares = Terms(logits, none, none, none).shares()
-    assert shares[0, :2].tolist() == pytest.approx([1.0, math.exp(-450)]) and shares[0, 1] > 0
-    assert shares[0, 2:].tolist() == [0.0, 0.0]
-    assert shares[1].isnan().all()
+    found = shares(logits)
+    assert found[0, :2].tolist() == pytest.approx([1.0, math.exp(-450)]) and found[0, 1] > 0
+    assert found[0, 2:].tolist() == [0.0, 0.0]
+    assert found[1].isnan().all()
 
 
 @pytest.mark.parametrize("sde", SDES, ids=str)
