@@ -250,14 +250,9 @@ Ranks = dict[Run, float]
 Stage = tuple[str, Callable[[Ranks, int], list[Run]]]
 
 
-def best_of_all(ranks: Ranks, calls: int) -> list[Run]:
-    """A shortlist: the 16 best."""
-    return sorted(ranks, key=ranks.__getitem__)[:16]
-
-
-def few_of_all(ranks: Ranks, calls: int) -> list[Run]:
-    """A shortlist: the 4 best."""
-    return sorted(ranks, key=ranks.__getitem__)[:4]
+def best_of_all(ranks: Ranks, calls: int, kept: int = 16) -> list[Run]:
+    """A shortlist: the best ones."""
+    return sorted(ranks, key=ranks.__getitem__)[:kept]
 
 
 STAGES: tuple[Stage, ...] = (("screen", best_of_all),)

@@ -51,7 +51,6 @@ from .accuracy import (
     best_of_all,
     board,
     distinct,
-    few_of_all,
     name_of,
     ours,
     report,
@@ -197,7 +196,7 @@ def on_samples(name: str, quick: bool) -> Measure:
     if name == "subspace":
         law, directions = problems.inside(), problems.to_inside(directions)
     turns = problems.rotations() if name == "ring" else None
-    model = problems.Inside(SDE) if name == "subspace" else law.denoiser(SDE)
+    model = InBlocks(problems.Inside(SDE) if name == "subspace" else law.denoiser(SDE), 512)
     target = law.marginal(SDE, END)
     alike = Gaussian(law.mean, law.cov)
     screen, sets = on_gaussian(alike, alike), {}
@@ -217,7 +216,7 @@ def on_samples(name: str, quick: bool) -> Measure:
         if stage == "screen":
             return screen(run, calls, stage)
         x, distance = sets[stage]
-        found = run.solve(InBlocks(model, 512), x, calls, lambda k: normals(stage, k).clone())
+        found = run.solve(model, x, calls, lambda k: normals(stage, k).clone())
         return None if found is None else Distance(distance(found), distance.floor)
 
     return measure
@@ -242,7 +241,7 @@ def best_on_every_grid(ranks: Ranks, calls: int) -> list[Run]:
 ON_SAMPLES: tuple[Stage, ...] = (
     ("screen", best_on_every_grid),
     ("narrow", best_of_all),
-    ("shortlist", few_of_all),
+    ("shortlist", partial(best_of_all, kept=4)),
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde.denoiser import BaseDenoiser
-from scoresde.engines import FAINT
+from scoresde.engines import shares
 from scoresde.laws import Gaussian, Law, LowRank, Mixture
 from scoresde.schedules import Time, wide
 from scoresde.sde import LinearSDE
@@ -114,8 +114,7 @@ class Inside(BaseDenoiser):
         # (|d_k|^2 - |x|^2) / F - |z|^2 (1 / F - 1 / G)
         logits = x @ (alpha / F * self.means.mT) - alpha**2 / (2 * F) * self.means.square().sum(1)
         logits += z.square() @ (0.5 * (1 / F - 1 / G)[:, None] * self.sums) - 0.5 * G.log() @ self.sums
-        r = logits.softmax(-1)
-        r = torch.where(r < FAINT, 0.0, r)
+        r = shares(logits)
         z *= r @ self.sums.mT
         gain = alpha * self.L * var / (F * G)
         return alpha * OUTSIDE**2 / F * x + r @ (var / F * self.means) + z @ (gain[:, None] * self.U.mT)

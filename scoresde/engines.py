@@ -21,7 +21,7 @@ from .spectrum import Spectrum
 
 # A variance of exactly 0 (a point mass seen without noise) stands for its limit from above.
 TINY = 1e-200
-FAINT = 1e-200
+FAINT = 1e-200  # a share of a mode that is less is none
 
 
 class Terms(NamedTuple):
