@@ -52,6 +52,7 @@ STARTS = [
 PICTURED = 6  # calls
 FIRST = 64  # noises held out, that a test runs committed tables on
 HELD_OUT = 20  # seed
+WIDE = 4
 
 
 class Board(NamedTuple):
@@ -174,7 +175,8 @@ def fit(board: Board, solver: Any, calls: int, seconds: float, what: str, n: int
         what,
         shape=board.shape,
         n=n,
-        start=board.noise(3 * n, 10),
+        start=board.noise((2 * WIDE + 1) * n, 10),
+        wide=WIDE,
         condition=board.condition(n),
         starts=starts,
         batch=board.batch,

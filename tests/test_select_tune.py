@@ -1,4 +1,4 @@
-"""Tuning: the coordinates of tables, runs that share rows, the fit, and what comes out on fresh noises."""
+"""Tuning: the coordinates of tables, their derivatives, the fit, and what comes out on fresh noises."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from scoresde.networks import MLP
 from scoresde.noise import Noise
 from scoresde.sde import EDM, Rectified, SubVPSDE
 from scoresde.select import tune, tune_for
-from scoresde.select.tuning_fit import Best, Errors, Fit, Local, Point, _updated, importance
-from scoresde.select.tuning_form import Space, natural
+from scoresde.select.tuning_fit import Best, Errors, Fit, Local, Point, importance, probes
+from scoresde.select.tuning_form import Space, flat, natural
 from scoresde.select.tuning_runs import Noises, _chances
 from scoresde.tableau import Tableau
 
@@ -67,7 +67,7 @@ def test_the_natural_form_runs_as_the_table_does(solver):
     table = solver.tableau(SDE, grids.quadratic(SDE, 4))
     x, model = normals(8, 2), RING.denoiser(SDE)
     wanted = solvers.from_tableau(table).solve(model, x, table.times[[0, -1]]).x
-    found = Noises(model, x, x, 3).trace(natural(table)).states[-1][0]
+    found = Noises(model, x, x, 3).trace(natural(table)).states[-1]
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
 
 
@@ -149,63 +149,94 @@ def test_stochastic_tables_have_no_form():
         natural(solvers.ddpm().tableau(SDE, grids.uniform(SDE, 3)))
 
 
-# ---- runs that share rows
+# ---- runs, and what their ends depend on
 
 
-@pytest.mark.parametrize("batch", [4, 7, 12, 1000])
-def test_shared_rows_change_nothing(batch):
+@pytest.mark.parametrize("batch", [4, 7, 1000])
+def test_ends_are_differentiated_by_all_of_a_form(batch):
+    """By central differences of the ends, one entry after the other: exact but for times, whose derivatives
+    are forward differences. The first state and time are given, and the time of the end is no one's."""
+    space = Space(SDE, solvers.unipc(3), grids.quadratic(SDE, 4), True, True)
+    form = space.forms(0.05 * normals(1, len(space)))
+    some, along = noises(RING.denoiser(SDE), batch=batch), normals(3, 6, 2, seed=9)
+    found = some.pulled_back(form, some.trace(form), along)
+    sizes = [part[0].numel() for part in form]
+    assert found.shape == (3, 6, sum(sizes))
+    for part, (name, by) in enumerate(zip(form._fields, found.split(sizes, 2), strict=True)):
+        for entry in range(sizes[part]):
+            row, column = divmod(entry, 4)
+            if (name == "times" and entry in (0, 4)) or (name == "weights" and column > row):
+                assert not by[..., entry].any()
+                continue
+            ends = []
+            for step in (1e-5, -1e-5):
+                changed = form[part].clone()
+                changed[0].view(-1)[entry] += step
+                ends.append(some.trace(form._replace(**{name: changed})).states[-1])
+            slope = ((ends[0] - ends[1]) / 2e-5 * along).sum(2)
+            tolerance = 1e-4 if name == "times" else 1e-7
+            assert (by[..., entry] - slope).norm() <= tolerance * slope.norm().clamp_min(1e-2), (name, entry)
+
+
+def test_derivatives_cost_the_same_however_many_they_are():
+    """For every row but the first a call with a graph and one at a time beside it."""
     space = Space(SDE, solvers.unipc(3), grids.quadratic(SDE, 5), True, True)
-    parameters = torch.cat([torch.zeros(1, len(space), dtype=F64), 0.1 * torch.eye(len(space), dtype=F64)])
-    forms, some = space.forms(parameters), noises(RING.denoiser(SDE), batch=batch)
-    base = some.trace(forms.some(slice(0, 1)))
-    alone = torch.cat([some.trace(forms.some(slice(k, k + 1))).states[-1] for k in range(len(parameters))])
-    assert torch.allclose(some.ends(forms, base), alone, rtol=0, atol=1e-13)
+    some = noises(RING.denoiser(SDE), n=6, batch=4)
+    form = space.forms(torch.zeros(1, len(space), dtype=F64))
+    base = some.trace(form)
+    assert (some.meter.calls, some.meter.samples) == (10, 30)
+    some.pulled_back(form, base, normals(3, 6, 2))
+    assert (some.meter.calls, some.meter.samples) == (10 + 4 * 2 * 2, 30 + 4 * 2 * 6)
 
 
-def test_large_parts_of_a_batch_have_one_time_each():
-    """Of ten samples in calls of 40 at most all tables go alone, of nine they go together."""
-    times, seen = torch.tensor([0.5, 0.4, 0.5], dtype=F64), []
-
-    class Watched(BaseDenoiser):
+def test_a_model_without_derivatives_is_named(unchecked):
+    class Detached(BaseDenoiser):
         sde = SDE
 
+        @property
+        def dtype(self):
+            return F64
+
         def forward(self, x, t):
-            seen.append((len(x), tuple(t.shape)))
-            return t.reshape(-1, 1) * x
+            return 0.5 * x.detach()
 
-    for n in (10, 9):
-        some, x = noises(Watched(), n=n, batch=40), normals(3, n, 2)
-        assert torch.equal(some._denoised(x, times), times[:, None, None] * x)
-        assert torch.equal(some._denoised(x, times[[0, 0, 0]]), 0.5 * x)
-    assert seen == [(10, ())] * 3 + [(30, ())] + [(27, (27,)), (27, ())]
+    with pytest.raises(RuntimeError, match="expected a model that can be differentiated by its state"):
+        tune(Detached(), solvers.dpmpp(2), 3, 20.0, shape=(2,), n=8, starts=1, reference=10)
 
 
-def test_only_what_differs_is_run():
-    """A weight of row k costs the calls of the rows after k, for the time of k is as before; and so does the
-    state after row k."""
-    space = Space(SDE, solvers.unipc(3), grids.quadratic(SDE, 5), False, True)
-    parameters = torch.cat([torch.zeros(1, len(space), dtype=F64), 0.1 * torch.eye(len(space), dtype=F64)])
-    some = noises(RING.denoiser(SDE), n=6, batch=6)
-    forms = space.forms(parameters)
-    assert forms.first_change().tolist() == [5, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, *[0, 1, 2, 3] * 2]
-    base = some.trace(forms.some(slice(0, 1)))
-    assert (some.meter.calls, some.meter.samples) == (5, 30)
-    some.ends(forms, base)
-    assert some.meter.samples == 30 + 6 * ((1 * 3 + 2 * 2 + 3 * 1 + 4 * 0) + 2 * (4 + 3 + 2 + 1))
+@pytest.mark.parametrize("free", [False, True])
+def test_forms_are_differentiated_by_their_parameters(free):
+    space = Space(SDE, solvers.unipc(2), grids.quadratic(SDE, 4), True, free)
+    here = 0.1 * normals(len(space))
+    found = space.jacobian(here)
+    for k, step in enumerate(1e-4 * torch.eye(len(space), dtype=F64)):
+        ahead, behind = (flat(space.forms(here[None] + s)) for s in (step, -step))
+        assert torch.allclose(found[:, k], (ahead - behind)[0] / 2e-4, rtol=1e-5, atol=1e-6)
 
 
-def test_an_output_at_another_time_is_not_shared():
-    """A row that differs by its time alone."""
-    space = Space(SDE, solvers.unipc(2), grids.quadratic(SDE, 4), False, True)
-    one = space.forms(torch.zeros(1, len(space), dtype=F64))
-    times = one.times.clone()
-    times[0, 2] *= 1.1
-    forms = type(one)(*(torch.cat([a, b]) for a, b in zip(one, one._replace(times=times), strict=True)))
-    some = noises(RING.denoiser(SDE))
-    assert forms.first_change().tolist() == [4, 2]
-    alone = some.trace(forms.some(slice(1, 2))).states[-1][0]
-    assert torch.allclose(some.ends(forms, some.trace(one))[1], alone, rtol=0, atol=1e-13)
-    assert not torch.allclose(some.trace(one).states[-1][0], alone, atol=1e-4)
+def test_the_solution_is_asked_for_once_and_where_it_is_needed():
+    asked = []
+
+    def solved(model, x):
+        asked.append(len(x))
+        return 2 * x
+
+    x = normals(12, 2)
+    some = Noises(RING.denoiser(SDE), x, solved, 100)
+    few, drawn = some.first(5), some.drawn(torch.ones(12), 4)
+    assert asked == []
+    assert torch.equal(few.target, 2 * x[:5]) and torch.equal(few.target, 2 * x[:5])
+    assert torch.equal(few.first(3).target, 2 * x[:3])
+    assert torch.equal(drawn.target, 2 * drawn.start)
+    assert asked == [5, 4]
+
+
+def test_tables_are_compared_by_their_ends():
+    some, grid = noises(RING.denoiser(SDE)), grids.quadratic(SDE, 4)
+    forms = [natural(s.tableau(SDE, grid)) for s in (solvers.ddim(), solvers.unipc(2), solvers.dpmpp(2))]
+    ends = [some.trace(form).states[-1] for form in forms]
+    wanted = [(ends[a] - ends[b]).square().mean(1).sqrt() for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert all(torch.allclose(one, other) for one, other in zip(some.apart(forms), wanted, strict=True))
 
 
 def test_conditions_follow_their_samples(unchecked):
@@ -242,37 +273,60 @@ def some_fit(n=24, seconds=60.0, flip=0.5):
     return Fit(make(train), make(judge), flip, math.inf if seconds == 60.0 else seconds, lambda best: None)
 
 
-def test_slopes_are_derivatives(unchecked):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_place_is_differentiated(weighted, unchecked):
+    """The gradient is that of the loss, and the curvature of Gauss and Newton that of its residuals: of two
+    numbers a sample, by which both axes are taken, exact."""
     fit = some_fit()
+    if weighted:
+        fit = replace(fit, train=replace(fit.train, weight=1 + torch.arange(24) % 3))
     space = Space(SDE, solvers.dpmpp(2), grids.quadratic(SDE, 4), True, True)
     here = fit._at(space, 0.05 * normals(len(space)))
-    slopes = fit._slopes(space, here)
+    local, slopes = fit._local(space, here, 0), []
     for k in range(len(space)):
-        step = 1e-4 * torch.eye(len(space), dtype=F64)[k]
-        ahead, behind = (fit._at(space, here.parameters + s).residuals for s in (step, -step))
-        assert (slopes[k] - (ahead - behind) / 2e-4).abs().max() < 1e-3 * slopes[k].abs().max()
-    assert slopes.abs().amax((1, 2)).min() > 1e-3
+        step = 1e-5 * torch.eye(len(space), dtype=F64)[k]
+        ahead, behind = (fit._at(space, here.parameters + s) for s in (step, -step))
+        slope = (local.loss_at(ahead) - local.loss_at(behind)) / 2e-5
+        assert 2 * local.gradient[k].item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
+        slopes.append((ahead.residuals - behind.residuals) / 2e-5)
+    weight = torch.ones(24, dtype=F64) if fit.train.weight is None else fit.train.weight.to(F64)
+    share = weight / weight.sum() * torch.exp(-((here.errors / local.width) ** 2))
+    wanted = torch.einsum("n,pnd,qnd->pq", share, torch.stack(slopes), torch.stack(slopes))
+    wanted += local.ridge * torch.eye(len(space), dtype=F64)
+    assert (local.curvature - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
-def test_updated_slopes_explain_the_last_step():
-    slopes, step, change = normals(3, 5, 2), normals(3, seed=1), normals(5, 2, seed=2)
-    new = _updated(slopes, step, change)
-    assert torch.allclose(torch.einsum("p,pnd->nd", step, new), change)
-    across = torch.linalg.cross(step, normals(3, seed=3))
-    assert torch.allclose(torch.einsum("p,pnd->nd", across, new), torch.einsum("p,pnd->nd", across, slopes))
+def test_probes_are_signs_that_stand_for_all_axes():
+    """s s^T, summed over the two probes, is 1 in the mean over 4000 samples: its entries off the diagonal
+    have a standard error of sqrt(1/8000), 6.5 of which are allowed (15 entries: 1.2e-9)."""
+    like = torch.zeros(400, 3, 2, dtype=torch.float32)
+    drawn = torch.cat([probes(like, number) for number in range(10)], 1)
+    assert drawn.shape == (2, 4000, 3, 2) and drawn.dtype == torch.float32
+    assert torch.allclose(drawn.abs(), torch.tensor(0.5**0.5))
+    second = torch.einsum("cni,cnj->ij", drawn.flatten(2), drawn.flatten(2)) / 4000
+    assert torch.allclose(second.diag(), torch.ones(6), rtol=1e-5)
+    assert (second - torch.eye(6)).abs().max() < 6.5 / 8000**0.5
+    assert not torch.equal(probes(like, 0), probes(like, 1)) and torch.equal(probes(like, 1), probes(like, 1))
+    assert torch.equal(probes(like[:, :2, 0], 3), torch.eye(2)[:, None].expand(2, 400, 2))
 
 
 def point_of(slopes, residuals, parameters):
     """Where linear residuals are at parameters."""
     at = residuals + torch.einsum("p,pnd->nd", parameters, slopes)
-    return Point(parameters, None, at)  # type: ignore[arg-type]
+    return Point(parameters, None, None, at)  # type: ignore[arg-type]
+
+
+def local_of(here, slopes, flip):
+    """By slopes (P, n, d), with an axis for a probe."""
+    pulled = torch.einsum("nd,pnd->np", here.residuals, slopes)
+    return Local.of(here, pulled, slopes.permute(2, 1, 0), flip)
 
 
 def test_equations_are_those_of_the_loss(unchecked):
     slopes, residuals, start = normals(3, 40, 2), normals(40, 2, seed=1), normals(3, seed=2)
     here = point_of(slopes, residuals, start)
     errors = here.residuals.norm(dim=1)
-    local = Local.of(here, slopes, 10 * errors.square().mean().sqrt().item())
+    local = local_of(here, slopes, 10 * errors.square().mean().sqrt().item())
     rms = errors.square().mean().sqrt().item()
     assert local.width == pytest.approx(0.3 * 10 * rms)
     assert local.loss == pytest.approx(
@@ -286,18 +340,18 @@ def test_equations_are_those_of_the_loss(unchecked):
 
 
 def test_a_step_solves_a_linear_problem(unchecked):
-    """Residuals that are linear and small against the width: one undamped step, and its gain, are exact."""
+    """Residuals that are linear and small against the width: one undamped step is that of least squares."""
     slopes, wanted = normals(3, 40, 2), normals(3, seed=2)
     residuals = -torch.einsum("p,pnd->nd", wanted, slopes) + 10 * normals(40, 2, seed=5)
     here = point_of(slopes, residuals, torch.zeros(3, dtype=F64))
-    local = Local.of(here, slopes, 1e9)._replace(width=1e9)
-    step, gain = local.step(0.0)
-    damped, less = local.step(1.0)
-    there = local.loss_at(point_of(slopes, residuals, step))
-    assert gain > 0 and 0 < less < gain and damped.norm() < step.norm()
+    local = local_of(here, slopes, 1e9)._replace(width=1e9)
+    step, damped = local.step(0.0), local.step(1.0)
+    before, less, there = (
+        local.loss_at(point_of(slopes, residuals, s)) for s in (torch.zeros(3, dtype=F64), damped, step)
+    )
+    assert there < less < before and damped.norm() < step.norm()
     best = torch.linalg.lstsq(slopes.flatten(1).T, -residuals.flatten()[:, None]).solution[:, 0]
     assert torch.allclose(step, best, rtol=0.2)
-    assert there <= local.loss_at(here)
 
 
 @pytest.mark.parametrize(
@@ -307,12 +361,12 @@ def test_how_far_errors_count(flip, width, unchecked):
     """Up to 0.3 of a flip, but up to twice the bulk at least, and where nothing flips as in least squares."""
     residuals = torch.tensor([[0.03], [0.04]], dtype=F64)
     here = point_of(torch.ones(1, 2, 1, dtype=F64), residuals, torch.zeros(1, dtype=F64))
-    assert Local.of(here, torch.ones(1, 2, 1, dtype=F64), flip).width == pytest.approx(width)
+    assert local_of(here, torch.ones(1, 2, 1, dtype=F64), flip).width == pytest.approx(width)
 
 
 def test_an_end_that_is_not_finite_is_no_gain(unchecked):
     slopes, residuals = torch.ones(1, 3, 1, dtype=F64), normals(3, 1)
-    local = Local.of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3)
+    local = local_of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3)
     residuals[1] = math.inf
     assert math.isnan(local.loss_at(point_of(slopes, residuals, torch.zeros(1, dtype=F64))))
 
@@ -322,7 +376,7 @@ def test_flips_hardly_count(unchecked):
     slopes = torch.ones(1, 20, 1, dtype=F64)
     residuals = 0.01 * normals(20, 1)
     residuals[0] = 5.0
-    step, _ = Local.of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3).step(0.0)
+    step = local_of(point_of(slopes, residuals, torch.zeros(1, dtype=F64)), slopes, 0.3).step(0.0)
     rest = -residuals[1:].mean()
     assert abs(step[0] - rest) < 1e-3
     assert abs(-residuals.mean() - rest) > 0.2
@@ -461,7 +515,7 @@ def test_a_weight_is_a_number_of_noises(unchecked):
         return replace(of, weight=5.0 * times.to(F64))
 
     def written_out(of):
-        return replace(of, start=of.start[repeated], target=of.target[repeated])
+        return replace(of, start=of.start[repeated], solution=of.target[repeated])
 
     space = Space(SDE, solvers.dpmpp(2), grids.quadratic(SDE, 3), True, True)
     zero = torch.zeros(len(space), dtype=F64)
@@ -473,7 +527,7 @@ def test_a_weight_is_a_number_of_noises(unchecked):
     one, other = found
     assert list(one.errors) == pytest.approx(list(other.errors), rel=1e-5)
     assert len(one.history) > 4 and one.history[-1][0] < one.history[0][0] / 2
-    assert torch.allclose(torch.tensor(one.history[:4]), torch.tensor(other.history[:4]), rtol=1e-6)
+    assert torch.allclose(torch.tensor(one.history[:4]), torch.tensor(other.history[:4]), rtol=1e-4)
     assert torch.allclose(one.parameters, other.parameters, atol=1e-3)
 
 
@@ -511,7 +565,8 @@ def test_tuned_for_a_gaussian(what, unchecked):
         found.report.tuned.rms < found.report.untuned.rms / {"grid": 5, "coefficients": 20, "all": 100}[what]
     )
     assert missed(found.table, SDE) <= 1e-12
-    assert len(found.table) == 4 and found.report.status == "finished"
+    assert len(found.table) == 4
+    assert found.report.status == "finished" or what != "coefficients"  # the others go on to 1e-12
     assert (found.report.n, found.report.seed) == (None, None)
     changed = not torch.allclose(found.table.times, listed[0].times)
     own = torch.tensor(any(torch.equal(found.table.times, t.times) for t in listed))
@@ -574,6 +629,7 @@ def test_states_that_are_given(unchecked):
     """The prior's own states give what the seed gives; others do not."""
     model, options = RING.denoiser(SDE), {"shape": (2,), "n": 16, "starts": 1, "reference": 20}
     own = Noise.of(5, batch=48, dtype=F64).prior((48, 2))
+    options["wide"] = 1
     drawn = tune(model, solvers.dpmpp(2), 2, 60.0, seed=5, **options).report
     given, other = (
         tune(model, solvers.dpmpp(2), 2, 60.0, start=x, **options).report for x in (own, 0.5 * own)
@@ -727,7 +783,8 @@ def test_flips_are_compared_in_pairs(new, gone):
         ({"starts": True}, ValueError, "expected a whole number starts >= 1"),
         ({"batch": 0}, ValueError, "expected a whole number batch >= 1"),
         ({"end": 2.0}, ValueError, "expected an end"),
-        ({"start": torch.zeros(6, 2), "n": 3}, ValueError, r"expected start of shape \(9, 2\), found"),
+        ({"start": torch.zeros(9, 2), "n": 3}, ValueError, r"expected start of shape \(27, 2\), found"),
+        ({"wide": 0}, ValueError, "expected a whole number wide >= 1"),
         ({"grids": {}}, ValueError, "expected at least one solver and one grid"),
     ],
 )  # fmt: skip
@@ -755,7 +812,7 @@ def test_only_laws_are_known(unchecked):
 
 
 def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch, unchecked):
-    """By a clock that stands still: 0.6 of the time for three starts, a third, half of the rest, the rest; of
+    """By a clock that stands still: 0.4 of the time for three starts, a third, half of the rest, the rest; of
     what is left of each for the grid alone a quarter. The best of the starts is the best on all noises."""
     fits, spaces = [], []
     goals = [solvers.unipc(2).tableau(SDE, grids.quadratic(SDE, k)) for k in (6, 12, 9)]
@@ -772,7 +829,7 @@ def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch
     monkeypatch.setattr(Fit, "__call__", fit)
     model = RING.denoiser(SDE)
     found = tune(model, solvers.unipc(2), 4, 12.0, "all", shape=(2,), n=64, starts=3, reference=20)
-    assert [until for until, _ in fits] == pytest.approx([0.6, 2.4, 0.9, 3.6, 1.8, 7.2, 12.0, 12.0])
+    assert [until for until, _ in fits] == pytest.approx([0.4, 1.6, 0.6, 2.4, 1.2, 4.8, 12.0, 12.0])
     assert spaces[6].given is goals[1] and spaces[7].given is goals[1]
     assert fits[6][1] == pytest.approx(fits[3][1] + 0.1 * 16)
     assert fits[7][1] == pytest.approx(fits[6][1] + 0.1 * 16)
@@ -781,8 +838,8 @@ def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch
 
 
 def test_fits_are_on_noises_enough_for_their_parameters(monkeypatch, unchecked):
-    """A 64th of the noises for scouts, a quarter then, or eight numbers a parameter, at least 24; a quarter
-    to judge by. No two fits have the same ones."""
+    """Scouts on a quarter of the first 512 noises, and judged by half of these; no two on the same ones. The
+    last fits on 512 of the 4 times 600."""
     seen, met = [], []
 
     def fit(self, best):
@@ -791,8 +848,42 @@ def test_fits_are_on_noises_enough_for_their_parameters(monkeypatch, unchecked):
 
     monkeypatch.setattr(Fit, "__call__", fit)
     tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=600, starts=1, reference=20)
-    assert seen == [(24, 150, 4), (64, 150, 16), (150, 150, 16), (150, 150, 16)]
-    assert all(not torch.equal(one, other) for k, one in enumerate(met) for other in met[:k])
+    assert seen == [(128, 256, 4), (128, 256, 16), (512, 512, 16), (512, 512, 16)]
+    assert all(not torch.equal(one, other) for k, one in enumerate(met[:6]) for other in met[:k])
+    monkeypatch.setattr(tune_module, "SCOUTS", (0.1, 10))
+    seen.clear()
+    tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=100, starts=1, reference=20)
+    assert seen == [(16, 64, 4), (64, 64, 16), (100, 100, 16), (100, 100, 16)]
+
+
+def test_noises_that_matter_are_where_tables_differ():
+    """Where two tables differ a hundred times as much as elsewhere all noises are drawn, with a weight of 1,
+    and of the others what is left."""
+    x = normals(90, 2)
+    x = x / x.norm(dim=1, keepdim=True)
+    x[::10] *= 100
+
+    class Proportional(BaseDenoiser):
+        sde = SDE
+
+        def forward(self, x, t):
+            return 0.3 * x
+
+    model = Proportional()
+    train, judge, held_out = (Noises(model, y, lambda model, x: x, 100) for y in (x, x.flip(0), x[:30]))
+    sets = tune_module.Sets(train, judge, held_out, math.inf, 0.0, 0)
+    forms = [natural(solvers.dpmpp(p).tableau(SDE, grids.quadratic(SDE, 3))) for p in (1, 2)]
+    found = sets.mattering(forms)
+    for drawn in (found.train, found.judge):
+        large = drawn.start.norm(dim=1) > 20
+        assert len(drawn) == 30 and large.sum() == 9
+        assert torch.allclose(drawn.weight[large], torch.ones(1, dtype=F64), rtol=0.2)
+        assert torch.equal(drawn.target, drawn.start)
+    assert found.held_out is held_out
+    first = sets.first()
+    assert torch.equal(first.train.start, x[:30]) and first.train.weight is None
+    few = replace(train, start=x[:30])
+    assert sets._replace(train=few).mattering(forms).train is few
 
 
 def test_the_best_fit_on_all_noises_is_taken(monkeypatch, unchecked):
@@ -821,18 +912,28 @@ def test_a_better_table_with_more_flips_is_not_taken(monkeypatch, unchecked):
 
 
 def test_the_first_noises_are_fitted_on_the_second_are_chosen_by(monkeypatch, unchecked):
-    start, seen = normals(192, 2), []
+    start, seen = normals(7 * 64, 2), []
 
     def fit(self, best):
         seen.append((self.train.start, self.judge.start))
 
     monkeypatch.setattr(Fit, "__call__", fit)
-    tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, shape=(2,), n=64, start=start, reference=20)
-    for train, judge in seen:
-        assert (train[:, None] == start[None, :64]).all(2).any(1).all()
-        assert (judge[:, None] == start[None, 64:128]).all(2).any(1).all()
+    options = {"shape": (2,), "n": 64, "start": start, "wide": 3, "reference": 20}
+    tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, **options)
+    for k, (train, judge) in enumerate(seen):
+        of = 64 if k < len(seen) - tune_module.ROUNDS else 192
+        assert (train[:, None] == start[None, :of]).all(2).any(1).all()
+        assert (judge[:, None] == start[None, 192 : 192 + of]).all(2).any(1).all()
+    assert not (train[:, None] == start[None, :64]).all(2).any(1).all()  # of the last ones
+
+
+def test_ends_are_ranked_on_the_noises_that_tables_are_chosen_by(unchecked):
     train, judge, held_out = (noises(RING.denoiser(SDE), seed=k) for k in (0, 2, 4))
     table = solvers.ddim().tableau(SDE, grids.quadratic(SDE, 3))
-    sets = tune_module.Sets(train, judge, held_out, 0.3, 0.0, 0)
-    attempt = tune_module.Attempt(None, Best(Given(table), torch.zeros(1)), sets)
-    assert torch.equal(attempt.distances, judge.distances(natural(table)))
+    weight = 1 + torch.arange(6, dtype=F64)
+    used = tune_module.Sets(train, replace(judge, weight=weight), held_out, 1.0, 0.0, 0)
+    search = tune_module.Search(None, used, used, 0.0, None)
+    end = tune_module.Attempt(None, Best(Given(table), torch.zeros(1)))
+    errors = judge.distances(natural(table))
+    assert 0 < (errors > 1.0).sum() < 6
+    assert search.rank(end) == Errors.of(errors, 1.0, weight).rank != Errors.of(errors, 1.0).rank

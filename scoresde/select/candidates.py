@@ -152,7 +152,7 @@ def _deterministic() -> list[TableSolver]:
 
 def _stochastic() -> list[TableSolver]:
     """As `_deterministic`, from benchmarks.accuracy_sde."""
-    little, half = 0.1**0.5, 0.5**0.5
+    tiny, little, half = (eta**0.5 for eta in (0.02, 0.1, 0.5))
     named = [
         *(solvers.ddpm(variance) for variance in ("small", "large")),
         solvers.ddim(0.5),
@@ -176,20 +176,22 @@ def _stochastic() -> list[TableSolver]:
         *((3, 4, "flow", variable, er_noise_level) for variable in ("lam", "sigma", "t")),
         *((3, 4, "data", variable, er_noise_level) for variable in ("lam", "t")),
         *((p, p + 1, "data", variable, er_noise_level) for p in (4, 5) for variable in ("sigma", "t")),
-        *((2, 0, "flow", variable, little) for variable in ("lam", "t")),
-        *((2, 3, "flow", variable, little) for variable in ("lam", "sigma")),
+        (2, 0, "flow", "lam", little),
+        (2, 3, "flow", "sigma", little),
         (2, 3, "flow", "sigma", half),
-        (5, 6, "data", "sigma", little),
-        *((2, 3, "data", "t", tau) for tau in (little, half)),
+        (2, 3, "data", "t", half),
         (2, 3, "flow", "sigma", er_noise_level),
-        (2, 0, "flow", "sigma", little),
-        *((p, p + 1, "data", "t", little) for p in (3, 4)),
+        (3, 4, "data", "t", little),
         (3, 4, "flow", "sigma", little),
         (3, 4, "flow", "t", half),
         (4, 5, "flow", "t", er_noise_level),
-        (5, 6, "flow", "t", little),
         (5, 7, "data", "sigma", er_noise_level),
         *((6, 7, "data", variable, er_noise_level) for variable in ("sigma", "t")),
+        *((2, 0, "flow", variable, tiny) for variable in ("lam", "t")),
+        *((p, p + 1, "flow", variable, tiny) for p in (2, 3) for variable in ("sigma", "t")),
+        (2, 3, "data", "t", tiny),
+        (5, 6, "data", "t", tiny),
+        (6, 7, "data", "sigma", tiny),
     ]
     return [*named, *(_member(*member) for member in members)]
 

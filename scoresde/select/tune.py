@@ -6,8 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from .candidates import GRIDS, Candidate
 from .measures import FLIP
 from .references import USUAL
 from .tuning_fit import Best, Errors, Fit, importance
-from .tuning_form import Space, natural
+from .tuning_form import Form, Space, natural
 from .tuning_runs import Meter, Noises, distance
 
 # What may change, stage by stage: (times of the nodes, weights).
@@ -38,11 +38,13 @@ STAGES = {
 USUAL_FIRST = {name: GRIDS[name] for name in ("quadratic", "karras(rho=7)")} | GRIDS
 SCREENED, RANKED, SHORTLIST = 64, 512, 16  # noises that every configuration runs on; that the best ones do
 SCREENING = 0.3  # of the time after references
-SCOUTING = 0.6  # of the time that is left then: fits from all starts
-# What is drawn from a set, as a share of it and at least: to fit on from every start, from the best end, and
-# to judge by. Fits get at least so many numbers for each parameter.
-SCOUTS, FITTED, JUDGED = (1 / 64, 24), (1 / 4, 64), (1 / 4, 64)
+SCOUTING = 0.4  # of the time that is left then: fits from all starts
+# Noises that scouts and the ranking are on, and as many as are drawn for the last fits: share of n, at least.
+NEAR = 1 / 4, RANKED
+# What is drawn of these to fit a scout on and to judge a fit by. Fits get at least NUMBERS for a parameter.
+SCOUTS, JUDGED = (1 / 4, 64), (1 / 2, 64)
 NUMBERS = 8
+AGREED = 3  # the best scouts, whose differences tell which noises matter, and that are judged by those
 ROUNDS = 2  # fits from the best end
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
@@ -62,8 +64,7 @@ class Report:
     batches, samples calls of the model on a batch while tuning, and samples in all of them
     tried            fixed configurations that were run
     iterations       of the fits that were kept or not
-    n, seed          noises in each of three sets (to fit on, to choose on, held out), and their seed; None
-                     where errors are exact
+    n, seed          noises held out, and the seed of all; None where errors are exact
     status           "finished" | "out of time" | "interrupted"
     history          (fitted on, chosen on): root mean squares after every iteration of every fit
     """
@@ -168,7 +169,8 @@ class Task(NamedTuple):
 
 
 class Sets(NamedTuple):
-    """Three sets of noises, and the distance that is a flip."""
+    """Noises to draw those to fit on and those to choose by from, those held out, and the distance that is a
+    flip."""
 
     train: Noises
     judge: Noises
@@ -176,6 +178,26 @@ class Sets(NamedTuple):
     flip: float
     reference_error: float
     seed: int | None
+
+    def first(self) -> Sets:
+        """With the first noises of those to draw from: for rankings and scouts."""
+        n = _number(len(self.held_out), NEAR)
+        return self._having(self.train.first(n), self.judge.first(n))
+
+    def mattering(self, forms: Sequence[Form]) -> Sets:
+        """With as many of those to draw from on which tables differ. In time it is the same as `first`, in
+        what it tells of tables like these as good as several times more noises: where these agree, they are
+        right."""
+        n = _number(len(self.held_out), NEAR)
+        train, judge = (
+            noises.drawn(importance(noises.apart(forms), self.flip), n) if n < len(noises) else noises
+            for noises in (self.train, self.judge)
+        )
+        return self._having(train, judge)
+
+    def _having(self, train: Noises, judge: Noises) -> Sets:
+        _, _ = train.target, judge.target  # now, so that no other run seems to take this time
+        return self._replace(train=train, judge=judge)
 
 
 def tune(
@@ -193,6 +215,7 @@ def tune(
     end: float | None = None,
     grids: Mapping[str, GridFunction] = USUAL_FIRST,
     starts: int = 3,
+    wide: int = 4,
     reference: int = 100,
     batch: int | None = None,
     flip: float | None = None,
@@ -200,14 +223,15 @@ def tune(
 ) -> Tuned:
     """A table of at most `calls` network calls for this model, better than `solver` on the best of `grids`.
 
-    The error is the distance to the probability-flow solution from the same noise. Three sets of n noises
-    (samples 0..3n-1 of the seed) are taken to their ends with `reference` steps of the solver that is
-    `compare`'s reference. All solvers run on all grids; from the `starts` best ones the table is fitted on a
-    few noises of the first set, and from the best end of these on more, by Levenberg-Marquardt from
-    evaluations of the model alone (see `tuning_fit`); which noises is drawn, those with large errors more
-    often. Of all tables on the way those that are best on noises drawn from the second set are kept, the best
-    of these on the whole set is taken, and reported on the third beside the best fixed one. Where no table is
-    better there, or it sends significantly more samples to other ends, the fixed one is returned.
+    The error is the distance to the probability-flow solution from the same noise, which `reference` steps of
+    the solver that is `compare`'s reference find. Noises are samples 0, 1, ... of the seed: `wide` n to fit
+    on, as many to choose by, and n that are held out. All solvers run on all grids. From the `starts` best
+    configurations the table is fitted on some of the first n, by Levenberg-Marquardt with derivatives by
+    back-propagation (see `tuning_fit`). A few samples between two modes are most of an error, and which these
+    are the best tables then tell, by how far apart they end: the last fits are on n noises or fewer that are
+    drawn, by that, from all to fit on, and tables are chosen by such a draw from all to choose by. The best
+    one there is reported on the noises held out beside the best fixed one. Where no table is better there,
+    or it sends significantly more samples to other ends, the fixed one is returned.
 
     solver     a deterministic TableSolver, or several
     what       "grid": the times, with the solver's own coefficients, which then suit other models of such
@@ -216,8 +240,9 @@ def tune(
                of a point mass whatever the solver did, its states on the way need not
     seconds    for everything; the model is at least called for references and fixed configurations
     shape      of one sample, without the batch
-    start      states (3n, *shape) at t_max to use instead, where runs do not start from the sde's prior
-    condition  keywords for the model; tensors with n entries are one a sample, the same for each of the sets
+    start      states ((2 wide + 1) n, *shape) at t_max to use instead, where runs do not start from the prior
+    condition  keywords for the model; tensors with n entries are one a sample, for every n noises the same
+    wide       how many times n noises those that matter are drawn from
     batch      samples in one call of the model; by default n, and more if samples are small
     flip       samples further than this from the reference (root mean square over coordinates) count as
                having gone elsewhere; by default 0.4 of the standard deviation of the reference's ends
@@ -226,22 +251,24 @@ def tune(
     Fitting can be stopped with Ctrl-C: what is best so far is returned, with status "interrupted". With time
     enough for all fits to finish the result is a function of the arguments alone.
 
-    Raises TypeError or ValueError for arguments that do not fit, before any call of the model.
+    Raises TypeError or ValueError for arguments that do not fit, before any call of the model, and
+    RuntimeError for a model that cannot be differentiated by its state.
     """
     started = time.perf_counter()
     if not isinstance(model, BaseDenoiser):
         raise TypeError(f"expected a denoiser such as Denoiser(network, sde) as model, found {model!r}")
     task = Task.of(model.sde, solver, calls, what, seconds, end, grids, starts)
-    _whole(n=n, reference=reference, batch=n if batch is None else batch)
+    _whole(n=n, wide=wide, reference=reference, batch=n if batch is None else batch)
     batch = max(n, 2**15 // max(math.prod(shape), 1)) if batch is None else batch
+    total = (2 * wide + 1) * n
     if start is None:
         dtype = torch.promote_types(model.dtype, torch.float32)
-        noise = Noise.of(seed, batch=3 * n, device=model.device, dtype=dtype)
-        start = noise.prior((3 * n, *shape)) * model.sde.prior_std
-    if tuple(start.shape) != (3 * n, *shape):
-        raise ValueError(f"expected start of shape {(3 * n, *shape)}, found {tuple(start.shape)}")
+        noise = Noise.of(seed, batch=total, device=model.device, dtype=dtype)
+        start = noise.prior((total, *shape)) * model.sde.prior_std
+    if tuple(start.shape) != (total, *shape):
+        raise ValueError(f"expected start of shape {(total, *shape)}, found {tuple(start.shape)}")
     with torch.no_grad(), evaluating(model):
-        sets = _sampled(model.given(**(condition or {})), start, seed, end, reference, batch, flip)
+        sets = _sampled(model.given(**(condition or {})), start, n, seed, end, reference, batch, flip)
         return _tuned(task, sets, started, progress)
 
 
@@ -300,16 +327,17 @@ def _whole(**numbers: int) -> None:
 def _sampled(
     model: BaseDenoiser,
     start: Tensor,
+    n: int,
     seed: int,
     end: float | None,
     steps: int,
     batch: int,
     flip: float | None,
 ) -> Sets:
-    """Three sets of states (3n, ...), with references."""
+    """Sets of states (N, ...): the last n held out, the others to draw from."""
     meter = Meter()
 
-    def end_of(some: BaseDenoiser, x: Tensor, steps: int) -> Tensor:
+    def solved(some: BaseDenoiser, x: Tensor, steps: int = steps) -> Tensor:
         table = USUAL.solver.tableau(model.sde, USUAL.grid(model.sde, steps, end))
         parts = []
         for rows in torch.arange(len(x), device=x.device).split(batch):
@@ -318,36 +346,39 @@ def _sampled(
             meter.samples += len(table) * len(rows)
         return torch.cat(parts)
 
-    made = [Noises(model, part, end_of(model, part, steps), batch, meter) for part in start.chunk(3)]
-    few = made[1].first(32)
-    halved = distance(end_of(few.model, few.start, max(1, steps // 2)), few.target)
-    ends = torch.cat([noises.target for noises in made]).double()
+    def noises(x: Tensor) -> Noises:
+        which = torch.arange(len(x), device=x.device) % n
+        return Noises(model.narrowed(which, n), x, solved, batch, meter)
+
+    wide = (len(start) - n) // 2
+    train, judge, held_out = (noises(x) for x in start.split([wide, wide, n]))
+    few, ends = held_out.first(32), held_out.target.double()
+    halved = distance(solved(few.model, few.start, max(1, steps // 2)), ends[: len(few)])
     spread = (ends - ends.mean(0)).square().mean().sqrt().item()
     limit = FLIP * spread if flip is None else flip
-    return Sets(made[0], made[1], made[2], limit, halved.square().mean().sqrt().item(), seed)
+    return Sets(train, judge, held_out, limit, halved.square().mean().sqrt().item(), seed)
 
 
 def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
     """Choose, fit, choose, report."""
-    meter, fits = sets.train.meter, []
+    meter, first = sets.train.meter, sets.first()
     with _bar(task.seconds, started, progress) as tell:
         now = time.perf_counter()
-        ranked, tried = _ranked(task, sets, now + SCREENING * (started + task.seconds - now))
+        ranked, tried = _ranked(task, first, now + SCREENING * (started + task.seconds - now))
         fixed, fixed_table = ranked[0]
         before = time.perf_counter()
-        untuned = sets.judge.distances(natural(fixed_table))
-        # Of the runs that are still to come each takes as long as this one.
-        runs = task.starts * (len(task.stages) + 2) + ROUNDS + 2
-        until = started + task.seconds - runs * (time.perf_counter() - before)
+        first.judge.distances(natural(fixed_table))
+        # Each of the runs that are still to come takes as long as this one, by their number of noises.
+        runs = 2 * len(sets.held_out) / len(first.judge) + max(2 * task.starts, AGREED) + ROUNDS + 1
+        search = Search(
+            task, sets, first, started + task.seconds - runs * (time.perf_counter() - before), tell
+        )
         try:
-            _fitted(task, sets, _spread(ranked, task.starts), fits, until, tell)
-            status = "finished" if all(fit.best.done for fit in fits) else "out of time"
+            search.run(_spread(ranked, task.starts))
+            status = "finished" if all(fit.best.done for fit in search.fits) else "out of time"
         except KeyboardInterrupt:
             status = "interrupted"
-        table, start, lowest = fixed_table, None, Errors.of(untuned, sets.flip).rank
-        for fit in fits:
-            if fit.rank < lowest and more_flips(untuned, fit.distances, sets.flip) >= SUSPECT:
-                table, start, lowest = fit.best.table, fit.candidate.name, fit.rank
+        table, start = search.chosen(fixed_table)
         before, after = (sets.held_out.distances(natural(t)) for t in (fixed_table, table))
     report = Report(
         untuned_name=fixed.name,
@@ -365,7 +396,7 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
         n=None if sets.seed is None else len(sets.held_out),
         seed=sets.seed,
         status=status,
-        history=tuple(entry for fit in fits for entry in fit.best.history),
+        history=tuple(entry for fit in search.fits for entry in fit.best.history),
     )
     return Tuned(table, report)
 
@@ -393,65 +424,96 @@ def _spread(ranked: Ranked, starts: int) -> Ranked:
     return [ranked[k] for k in order[:starts]]
 
 
-@dataclass(eq=False)
-class Attempt:
-    """A fit: the configuration that it comes from, its best parameters, and the distances (n,) of these on
-    all the noises that tables are chosen on, to be asked for when it has ended."""
+class Attempt(NamedTuple):
+    """A fit: the configuration that it comes from, and its best parameters."""
 
     candidate: Candidate
     best: Best
+
+
+@dataclass(eq=False)
+class Search:
+    """Fits from every start on a few noises, for where a fit ends depends on where it starts, and from the
+    best end on those noises that matter. `used` are the sets that tables are chosen by so far, `fits` all
+    fits, each from before it begins, `ends` those to choose from."""
+
+    task: Task
     sets: Sets
+    used: Sets
+    until: float
+    tell: Callable[[Best], None]
+    fits: list[Attempt] = field(default_factory=list)
+    ends: list[Attempt] = field(default_factory=list)
 
-    @cached_property
-    def distances(self) -> Tensor:
-        return self.sets.judge.distances(self.best.form)
+    def run(self, chosen: Ranked) -> None:
+        """From these configurations."""
+        self.ends = self.fits
+        scouts = sorted(self._scouted(chosen), key=self.rank)[:AGREED]
+        forms = [scout.best.form for scout in scouts]
+        self.used = self.sets.mattering(forms if len(forms) > 1 else [*forms, natural(chosen[0][1])])
+        self.ends = scouts
+        best = min(scouts, key=self.rank)
+        for _ in range(ROUNDS):
+            space, parameters = best.best.space, best.best.parameters
+            best = Attempt(best.candidate, Best(space, parameters))
+            self.ends.append(best)
+            self._fit(best, self.used.train, self.used.judge, self.until)
 
-    @property
-    def rank(self) -> float:
-        return Errors.of(self.distances, self.sets.flip).rank
+    def rank(self, end: Attempt) -> float:
+        """On the noises that tables are chosen by."""
+        return self._errors(self._distances(end.best.form)).rank
+
+    def chosen(self, fixed: Tableau) -> tuple[Tableau, str | None]:
+        """The best table that has not significantly more flips than this one, and where it comes from."""
+        untuned = self._distances(natural(fixed))
+        table, start, lowest = fixed, None, self._errors(untuned).rank
+        for end in self.ends:
+            distances = self._distances(end.best.form)
+            rank, suspect = self._errors(distances).rank, more_flips(untuned, distances, self.sets.flip)
+            if rank < lowest and suspect >= SUSPECT:
+                table, start, lowest = end.best.table, end.candidate.name, rank
+        return table, start
+
+    def _distances(self, form: Form) -> Tensor:
+        return self.used.judge.distances(form)
+
+    def _errors(self, distances: Tensor) -> Errors:
+        return Errors.of(distances, self.sets.flip, self.used.judge.weight)
+
+    def _scouted(self, chosen: Ranked) -> list[Attempt]:
+        """The last stages' fits, each on noises of its own, so that none is judged by those that another was
+        lucky on."""
+        forms = [natural(table) for _, table in chosen]
+        train, judge = (
+            partial(noises.drawn, importance([noises.distances(form) for form in forms], self.sets.flip))
+            for noises in (self.used.train, self.used.judge)
+        )
+        n, ends, now = len(self.used.train), [], time.perf_counter()
+        scouted = now + SCOUTING * (self.until - now)
+
+        def fit(candidate: Candidate, best: Best, limit: float) -> Best:
+            attempt, number = Attempt(candidate, best), len(self.fits)
+            enough = NUMBERS * len(best.space) / max(self.used.train.start[0].numel(), 1)
+            few = train(_number(n, SCOUTS, enough), number)
+            self._fit(attempt, few, judge(_number(n, JUDGED), number), limit)
+            return best
+
+        for k, (candidate, _) in enumerate(chosen):
+            now = time.perf_counter()
+            limit = now + (scouted - now) / (len(chosen) - k)
+            _in_stages(self.task, candidate, limit, partial(fit, candidate))
+            ends.append(self.fits[-1])
+        return ends
+
+    def _fit(self, attempt: Attempt, train: Noises, judge: Noises, until: float) -> None:
+        self.fits.append(attempt)
+        Fit(train, judge, self.sets.flip, until, self.tell)(attempt.best)
 
 
-def _fitted(
-    task: Task,
-    sets: Sets,
-    chosen: Ranked,
-    fits: list[Attempt],
-    until: float,
-    tell: Callable[[Best], None],
-) -> None:
-    """Fit from every start on a few noises, for where a fit ends depends on where it starts, and from the
-    best end on more. `fits` gets each before it begins."""
-    forms = [natural(table) for _, table in chosen]
-    train, judge = (
-        partial(noises.drawn, importance([noises.distances(form) for form in forms], sets.flip))
-        for noises in (sets.train, sets.judge)
-    )
-
-    def fit(candidate: Candidate, best: Best, n: tuple[float, int], limit: float) -> Best:
-        """On noises of its own, so that none is judged by those that another was lucky on."""
-        fits.append(Attempt(candidate, best, sets))
-        enough = NUMBERS * len(best.space) / max(sets.train.start[0].numel(), 1)
-        few = train(_number(sets.train, n, enough), len(fits))
-        Fit(few, judge(_number(sets.judge, JUDGED), len(fits)), sets.flip, limit, tell)(best)
-        return best
-
-    ends, now = [], time.perf_counter()
-    scouted = now + SCOUTING * (until - now)
-    for k, (candidate, _) in enumerate(chosen):
-        now = time.perf_counter()
-        limit = now + (scouted - now) / (len(chosen) - k)
-        _in_stages(task, candidate, limit, partial(fit, candidate, n=SCOUTS))
-        ends.append(fits[-1])
-    end = min(ends, key=lambda end: end.rank)
-    best = end.best
-    for _ in range(ROUNDS):
-        best = fit(end.candidate, Best(best.space, best.parameters), FITTED, until)
-
-
-def _number(noises: Noises, n: tuple[float, int], enough: float = 0.0) -> int:
-    """A share of the noises, at least a number, and enough."""
-    share, least = n
-    return math.ceil(max(share * len(noises), least, enough))
+def _number(n: int, part: tuple[float, int], enough: float = 0.0) -> int:
+    """A share of n, at least a number, and enough; n at most."""
+    share, least = part
+    return min(n, math.ceil(max(share * n, least, enough)))
 
 
 def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[..., Best]) -> None:

@@ -1,5 +1,5 @@
-"""Least squares of a table's parameters against reference trajectories: Levenberg-Marquardt from forward
-evaluations of the model alone, robust against samples that end elsewhere.
+"""Least squares of a table's parameters against the probability flow's ends: Levenberg-Marquardt, robust
+against samples that end elsewhere.
 
     minimise over p   mean_i c^2 (1 - exp(-e_i(p)^2/c^2)) + r |p|^2,     e_i the distance of sample i
 
@@ -12,8 +12,10 @@ noises than they are fitted on, and the best one there is what is found.
 A few samples in thousands are most of a mean square, and which these are is much the same for all tables:
 those between two modes. So the noises of both kinds are drawn from many more by `importance`.
 
-Derivatives are forward differences; between them Broyden's rank-one updates (1965, doi
-10.1090/S0025-5718-1965-0198670-6), which cost no call of the model, as long as they predict what happens.
+The normal equations are those of Gauss and Newton by back-propagation: for an end x_i, its residuals r_i and
+Jacobian J_i the gradient takes J_i^T r_i of every sample, and the curvature J_i^T J_i, which is the mean of
+J_i^T s s^T J_i over random signs s (Hutchinson 1990, doi 10.1080/03610919008812866; all axes in place of
+signs where these are not more). So an iteration costs the same however many parameters there are.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ WIDTH = 0.3  # c as a share of the distance that is a flip,
 BULK = 2.0, 1e3  # and at least and at most so many root mean squares of the errors that are no flips
 SPREAD = 5.0  # root mean squares up to which a larger error is drawn more often
 RIDGE = 1e-5  # a parameter of 1 costs this share of the loss
-TRUST = 0.5  # share of the predicted gain with which an updated Jacobian is used again
+PROBES = 2  # random vectors of signs for each sample
 IDLE_GAIN = 1e-3
 IDLE, STALE = 5, 12  # iterations in a row that gain less, or that give no better table on the other noises
 FIRST, SMALLEST, LARGEST = 1e-2, 1e-9, 1e6  # damping
@@ -91,15 +93,16 @@ class Best:
 
 
 class Point(NamedTuple):
-    """Parameters (P,), their run on the noises that are fitted on, and its residuals (n, d)."""
+    """Parameters (P,) and their form, its run on the noises that are fitted on, and the residuals (n, d)."""
 
     parameters: Tensor
+    form: Form
     trace: Trace
     residuals: Tensor
 
     @property
     def errors(self) -> Tensor:
-        """(n,): see `Noises.errors`."""
+        """(n,): as `distance`."""
         return self.residuals.double().norm(dim=1)
 
 
@@ -118,68 +121,69 @@ class Fit:
         """Fit from where `best` is. What is better on the noises that are not fitted on is put there at once,
         whatever ends the fit."""
         space, started = best.space, time.perf_counter()
-        here, best.errors = self._at(space, best.parameters), self._judged(best.form)
-        # Slopes share half of their runs with `here`: if there is no time for them, there is none for a step.
-        enough = (time.perf_counter() - started) * len(space) / 4
-        damping, idle, stale = FIRST, 0, 0
-        slopes, exact = None, False
+        here = self._at(space, best.parameters)
+        best.errors = self._judged(here.form)
+        # If there is no time for derivatives and a run, there is none for a step.
+        enough = (time.perf_counter() - started) * 3
+        damping, idle, stale, local = FIRST, 0, 0, None
         while idle < IDLE and stale < STALE and damping < LARGEST:
-            if time.perf_counter() + (enough if slopes is None else 0) > self.until:
+            if time.perf_counter() + (enough if local is None else 0) > self.until:
                 return
-            if slopes is None:
-                slopes, exact = self._slopes(space, here), True
-            local = Local.of(here, slopes, self.flip, self.train.weight)
-            step, promised = local.step(damping)
+            if local is None:
+                local = self._local(space, here, len(best.history))
+            step = local.step(damping)
             try:
                 there = self._at(space, here.parameters + step)
             except ValueError:  # steps of the grid that vanish
                 there = None
             gain = local.loss - local.loss_at(there) if there else -math.inf
-            if there and gain > 0:
-                change = there.residuals - here.residuals
-                here, damping = there, max(damping / 5, SMALLEST)
-                errors = self._judged(space.forms(here.parameters[None]))
-                stale = 0 if errors.rank < best.errors.rank else stale + 1
-                if errors.rank < best.errors.rank:
-                    best.parameters, best.errors = here.parameters, errors
-                idle = 0 if gain > IDLE_GAIN * local.loss else idle + exact
-                fitted = Errors.of(here.errors, self.flip, self.train.weight)
-                best.history.append((fitted.rms, errors.rms))
-                self.tell(best)
-                if gain > max(TRUST * promised, IDLE_GAIN * local.loss):
-                    slopes, exact = _updated(slopes, step, change), False
-                    continue
-            elif exact:
+            if not (there and gain > 0):
                 damping *= 4
                 continue
-            slopes = None
+            here, damping = there, max(damping / 5, SMALLEST)
+            errors = self._judged(here.form)
+            stale = 0 if errors.rank < best.errors.rank else stale + 1
+            if errors.rank < best.errors.rank:
+                best.parameters, best.errors = here.parameters, errors
+            idle = 0 if gain > IDLE_GAIN * local.loss else idle + 1
+            fitted = Errors.of(here.errors, self.flip, self.train.weight)
+            best.history.append((fitted.rms, errors.rms))
+            self.tell(best)
+            local = None
         best.done = True
 
     def _judged(self, form: Form) -> Errors:
         return Errors.of(self.judge.distances(form), self.flip, self.judge.weight)
 
     def _at(self, space: Space, parameters: Tensor) -> Point:
-        trace = self.train.trace(space.forms(parameters[None]))
-        return Point(parameters, trace, self._residuals(trace.states[-1])[0])
+        form = space.forms(parameters[None])
+        trace = self.train.trace(form)
+        return Point(parameters, form, trace, self._residuals(trace.states[-1]))
 
     def _residuals(self, ends: Tensor) -> Tensor:
-        """(M, n, d) of ends (M, n, ...): a sample's error is the norm of its residuals."""
-        flat = (ends - self.train.target).flatten(2)
-        return flat / flat.shape[2] ** 0.5
+        """(n, d) of ends (n, ...): a sample's error is the norm of its residuals."""
+        off = (ends - self.train.target).flatten(1)
+        return off / off.shape[1] ** 0.5
 
-    def _slopes(self, space: Space, here: Point) -> Tensor:
-        """(P, n, d): forward differences of the residuals by every parameter."""
-        width = torch.finfo(self.train.start.dtype).eps ** (1 / 3)
-        around = here.parameters + width * torch.eye(len(here.parameters), dtype=torch.float64)
-        ends = self.train.ends(space.forms(torch.cat([here.parameters[None], around])), here.trace)
-        return (self._residuals(ends[1:]) - here.residuals) / width
+    def _local(self, space: Space, here: Point, number: int) -> Local:
+        """The normal equations, by other signs for another number."""
+        start = self.train.start
+        along = torch.cat([here.residuals.view_as(start)[None], probes(start, number)])
+        pulled = self.train.pulled_back(here.form, here.trace, along)
+        slopes = pulled.double().cpu() @ space.jacobian(here.parameters) / start[0].numel() ** 0.5
+        return Local.of(here, slopes[0], slopes[1:], self.flip, self.train.weight)
 
 
-def _updated(slopes: Tensor, step: Tensor, change: Tensor) -> Tensor:
-    """Slopes that give `change` (n, d) along `step` (P,), and are otherwise as they were (Broyden)."""
-    along = (step / step.square().sum()).to(slopes.device, slopes.dtype)
-    missed = change - torch.einsum("p,pnd->nd", step.to(slopes.device, slopes.dtype), slopes)
-    return slopes + along[:, None, None] * missed
+def probes(like: Tensor, number: int) -> Tensor:
+    """(C, n, ...) vectors s for samples (n, ...), with s s^T summed over C of mean 1: random signs, or all
+    axes of what has no more of these."""
+    d = like[0].numel()
+    if d <= PROBES:
+        axes = torch.eye(d, dtype=like.dtype, device=like.device)
+        return axes.view(d, 1, *like.shape[1:]).expand(d, *like.shape)
+    generator = torch.Generator().manual_seed(number)
+    signs = 2 * torch.randint(2, (PROBES, *like.shape), generator=generator) - 1
+    return (signs / PROBES**0.5).to(like)
 
 
 class Local(NamedTuple):
@@ -194,16 +198,18 @@ class Local(NamedTuple):
     curvature: Tensor
 
     @classmethod
-    def of(cls, here: Point, slopes: Tensor, flip: float, weight: Tensor | None = None) -> Local:
+    def of(
+        cls, here: Point, slopes: Tensor, probed: Tensor, flip: float, weight: Tensor | None = None
+    ) -> Local:
+        """From J_i^T r_i (n, P) of every sample, and J_i^T s (C, n, P)."""
         errors = here.errors
         weight = torch.ones_like(errors) if weight is None else weight
         width = _width(Errors.of(errors, flip, weight).rms, flip)
         ridge = RIDGE * _mean(_welsch(errors, width), weight)
-        root = (weight / weight.sum() * torch.exp(-((errors / width) ** 2))).sqrt()[:, None]
-        weighted = (slopes.double() * root).flatten(1)
-        sums = (weighted @ (here.residuals.double() * root).flatten()).cpu(), (weighted @ weighted.T).cpu()
-        gradient = sums[0] + ridge * here.parameters
-        curvature = sums[1] + ridge * torch.eye(len(gradient), dtype=torch.float64)
+        share = (weight / weight.sum() * torch.exp(-((errors / width) ** 2))).cpu()
+        rooted = (share.sqrt()[:, None] * probed).flatten(0, 1)
+        gradient = share @ slopes + ridge * here.parameters
+        curvature = rooted.T @ rooted + ridge * torch.eye(len(gradient), dtype=torch.float64)
         made = cls(width, weight, ridge, 0.0, gradient, curvature)
         return made._replace(loss=made.loss_at(here))
 
@@ -214,11 +220,10 @@ class Local(NamedTuple):
         loss = _mean(_welsch(point.errors, self.width), self.weight)
         return loss + self.ridge * point.parameters.square().sum().item()
 
-    def step(self, damping: float) -> tuple[Tensor, float]:
-        """The damped Gauss-Newton step, and what the loss should gain by it."""
+    def step(self, damping: float) -> Tensor:
+        """The damped Gauss-Newton step."""
         damped = self.curvature + damping * torch.diag(self.curvature.diag())
-        step = -torch.linalg.solve(damped, self.gradient)
-        return step, -float(2 * self.gradient @ step + step @ self.curvature @ step)
+        return -torch.linalg.solve(damped, self.gradient)
 
 
 def importance(runs: Sequence[Tensor], flip: float) -> Tensor:

@@ -41,17 +41,10 @@ class Form(NamedTuple):
     keep: Tensor
     weights: Tensor
 
-    def some(self, tables: Tensor | slice) -> Form:
-        """Some of the tables."""
-        return Form(*(part[tables] for part in self))
 
-    def first_change(self) -> Tensor:
-        """(M,): the first row in which a table differs from table 0, K if none does. Up to the state that
-        this row sees the runs are one."""
-        changed = (self.weights != self.weights[:1]).any(2) | (self.keep != self.keep[:1])
-        changed |= (self.times != self.times[:1])[:, :-1]
-        rows = torch.arange(changed.shape[1])
-        return torch.where(changed, rows, len(rows)).amin(1)
+def flat(form: Form) -> Tensor:
+    """(M, F): the times, what is kept and the weights of every table, in one axis."""
+    return torch.cat([form.times, form.keep, form.weights.flatten(-2)], -1)
 
 
 @torch.no_grad()
@@ -120,6 +113,13 @@ class Space:
         change[:, below] = weights
         unit = self._own.weights.abs().amax(2, keepdim=True)
         return completed(self.sde, form.times, form.weights + unit * change, shift, stretch)
+
+    def jacobian(self, parameters: Tensor) -> Tensor:
+        """(F, P): derivatives of `flat(forms(parameters))`, which take no call of a model, by differences."""
+        width = torch.finfo(torch.float64).eps ** 0.5
+        steps = width * torch.eye(1 + len(self), dtype=torch.float64)[:, 1:]  # none, then each
+        here, *beside = flat(self.forms(parameters + steps))
+        return (torch.stack(beside) - here).T / width
 
     def _natural(self, logs: Tensor) -> Form:
         """The solver's own table on a grid moved by `logs`."""

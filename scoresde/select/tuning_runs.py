@@ -1,18 +1,20 @@
-"""Running many tables that differ in a few rows, from the same noises."""
+"""Running tables from the same noises, and what their ends depend on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..denoiser import BaseDenoiser, checked
-from .tuning_form import Form
+from .tuning_form import Form, flat
 
 GOLDEN = (5**0.5 - 1) / 2
-ALONE = 1 / 4  # share of a batch that is large enough to go by itself, so that one time is that of all
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Meter:
 
 
 class Trace(NamedTuple):
-    """A run: states x_0..x_K and outputs D_0..D_{K-1}, of M tables: (M, n, ...)."""
+    """A run: states x_0..x_K and outputs D_0..D_{K-1}, (n, ...)."""
 
     states: list[Tensor]
     outputs: list[Tensor]
@@ -32,18 +34,25 @@ class Trace(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Noises:
-    """A model, states (n, ...) at t_max, and where the probability flow takes them; at most `batch` samples
-    in a call of the model. Where they are drawn from more, `weight` (n,) is how many each stands for."""
+    """A model, states (n, ...) at t_max, and where the probability flow takes them, or what tells when it is
+    asked for; at most `batch` samples in a call of the model. Where they are drawn from more, `weight` (n,)
+    is how many each stands for."""
 
     model: BaseDenoiser
     start: Tensor
-    target: Tensor
+    solution: Tensor | Callable[[BaseDenoiser, Tensor], Tensor]
     batch: int
     meter: Meter = field(default_factory=Meter)
     weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.start)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """(n, ...): where the probability flow takes the states."""
+        known = self.solution
+        return known if isinstance(known, Tensor) else known(self.model, self.start)
 
     def first(self, n: int) -> Noises:
         """The first n."""
@@ -55,70 +64,104 @@ class Noises:
         one in each nth of the sum of probabilities (Madow 1949), from another place for another `number`."""
         if n >= len(self):
             return self
+        if self.weight is not None:
+            importance = importance * self.weight
         chance = _chances(importance.double().cpu(), n)
         reached = (chance.cumsum(0) + GOLDEN * (number + 1) % 1).floor()
         some = reached.diff(prepend=reached.new_zeros(1)).nonzero()[:, 0].to(self.start.device)
-        return self._some(some, 1 / chance.to(some.device)[some])
+        weight = 1 / chance.to(some.device)[some]
+        return self._some(some, weight if self.weight is None else weight * self.weight[some])
 
     def _some(self, some: Tensor, weight: Tensor | None = None) -> Noises:
+        known = self.__dict__.get("target", self.solution)
+        solution = known[some] if isinstance(known, Tensor) else known
         model = self.model.narrowed(some, len(self))
-        return Noises(model, self.start[some], self.target[some], self.batch, self.meter, weight)
+        return Noises(model, self.start[some], solution, self.batch, self.meter, weight)
 
     def distances(self, form: Form) -> Tensor:
         """(n,): how far from the target the table of a form of one ends; see `distance`."""
-        return distance(self.trace(form).states[-1][0], self.target)
+        return distance(self.trace(form).states[-1], self.target)
+
+    def apart(self, forms: Sequence[Form]) -> list[Tensor]:
+        """(n,) for every two of some forms of one: how far apart their tables end."""
+        ends = [self.trace(form).states[-1] for form in forms]
+        return [distance(one, other) for one, other in combinations(ends, 2)]
 
     @torch.no_grad()
     def trace(self, form: Form) -> Trace:
-        """The whole run."""
-        return self._run(form, Trace([self.start[None]], []))
-
-    @torch.no_grad()
-    def ends(self, form: Form, base: Trace) -> Tensor:
-        """(M, n, ...): where the tables end. Rows before a table's first change are not run again, but taken
-        from `base`, the run of table 0; so is the output of that row itself where its time is the same."""
-        first, rows = form.first_change(), form.keep.shape[1]
-        found = base.states[-1].repeat(len(first), *[1] * self.start.ndim)
-        order = first.argsort(stable=True)[: int((first < rows).sum())]
-        for some in order.split(max(1, self.batch // len(self))):
-            k = int(first[some].min())
-            known = k + bool((form.times[some, k] == form.times[0, k]).all())
-            shared = Trace(base.states[: k + 1], base.outputs[:known])
-            found[some] = self._run(form.some(some), shared).states[-1]
-        return found
-
-    def _run(self, form: Form, base: Trace) -> Trace:
-        """On from where `base` ends, whose last output may be missing."""
-        M, ones = len(form.keep), [1] * (self.start.ndim - 1)
-        keep, weights = (part.to(self.start.device, self.start.dtype) for part in (form.keep, form.weights))
-        x = base.states[-1].expand(M, *self.start.shape)
-        states, outputs = [*base.states[:-1], x], base.outputs
-        for row in range(len(states) - 1, form.keep.shape[1]):
-            if len(outputs) == row:
-                outputs = [*outputs, self._denoised(x, form.times[:, row])]
-            x = keep[:, row].view(M, 1, *ones) * x
-            for j, output in enumerate(outputs):
-                x = x + weights[:, row, j].view(M, 1, *ones) * output
+        """The run of a form of one."""
+        keep, weights = form.keep[0].to(self.start), form.weights[0].to(self.start)
+        states, outputs = [self.start], []
+        for row, t in enumerate(form.times[0, :-1]):
+            outputs.append(self._denoised(states[-1], t))
+            x = keep[row] * states[-1]
+            for weight, output in zip(weights[row], outputs, strict=False):
+                x = x + weight * output
             states.append(x)
         return Trace(states, outputs)
 
+    @torch.no_grad()
+    def pulled_back(self, form: Form, trace: Trace, along: Tensor) -> Tensor:
+        """(C, n, F): derivatives of <along, end>, for C vectors (C, n, ...), by the entries of a form of one
+        in the order of `flat`, each sample's own. Backwards through its run, one row at a time: no more than
+        the graph of one call on one batch is held."""
+        states, outputs, rows = trace.states, trace.outputs, form.keep.shape[1]
+        keep, weights = form.keep[0].to(self.start), form.weights[0].to(self.start)
+        by = Form(*(along.new_zeros(*along.shape[:2], *part.shape[1:]) for part in form))
+        later = along.new_zeros(rows + 1, *along.shape)  # derivatives by the states
+        later[rows] = along
+        for k in reversed(range(rows)):
+            by.keep[..., k] = _dots(later[k + 1], states[k])
+            for j in range(k + 1):
+                by.weights[..., k, j] = _dots(later[k + 1], outputs[j])
+            if k > 0:  # the first state is given, and so is its time
+                by_output = torch.einsum("r,r...->...", weights[k:, k], later[k + 1 :])
+                by_state, by.times[..., k] = self._through(states[k], form.times[0, k], by_output)
+                later[k] = keep[k] * later[k + 1] + by_state
+        return flat(by)
+
+    def _through(self, x: Tensor, t: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+        """Derivatives of <along, D(x, t)> by x (C, n, ...), and by t (C, n): the latter by a difference, for
+        most models are faster with one time for all samples, whose derivative is one for all."""
+        n, by_state, by_time = len(self), [], []
+        width = torch.finfo(x.dtype).eps ** (1 / 3) * t
+        at, beside = (time.to(x.device) for time in (t, t + width))
+        for some in torch.arange(n, device=x.device).split(self.batch):
+            model, state = self.model.narrowed(some, n), x[some]
+            with torch.enable_grad():
+                output = checked(model(state.requires_grad_(), at), state)
+                by_state.append(_gradients(model, output, state, at, along[:, some]))
+            change = (checked(model(x[some], beside), state) - output.detach()) / width.to(x)
+            by_time.append(_dots(along[:, some], change))
+            self.meter.calls += 2
+            self.meter.samples += 2 * len(some)
+        return torch.cat(by_state, 1), torch.cat(by_time, 1)
+
     def _denoised(self, x: Tensor, t: Tensor) -> Tensor:
-        """D of states (M, n, ...) at times (M,)."""
-        n, flat, made = len(self), x.flatten(0, 1), []
-        if len(self) >= ALONE * self.batch and bool((t != t[0]).any()):
-            alone = zip(x.split(1), t.split(1), strict=True)
-            return torch.cat([self._denoised(one, time) for one, time in alone])
-        clock = t.repeat_interleave(n).split(self.batch)
-        for some, times in zip(
-            torch.arange(len(flat), device=x.device).split(self.batch), clock, strict=True
-        ):
-            # One time for all costs some models less than one for each.
-            at = times[0] if bool((times == times[0]).all()) else times
-            model = self.model.narrowed(some % n, n)
-            made.append(checked(model(flat[some], at.to(x.device)), flat[some]))
+        made = []
+        for some in torch.arange(len(self), device=x.device).split(self.batch):
+            model = self.model.narrowed(some, len(self))
+            made.append(checked(model(x[some], t.to(x.device)), x[some]))
             self.meter.calls += 1
             self.meter.samples += len(some)
-        return torch.cat(made).view(x.shape)
+        return torch.cat(made)
+
+
+def _gradients(model: BaseDenoiser, output: Tensor, state: Tensor, t: Tensor, along: Tensor) -> Tensor:
+    """Of <along, output> by the state, for C vectors. Raises RuntimeError for a model that depends on its
+    state and has no graph that says how."""
+    if output.requires_grad:
+        return torch.stack([torch.autograd.grad(output, state, a, retain_graph=True)[0] for a in along])
+    if bool((model(1.01 * state, t) != output).any()):
+        raise RuntimeError(
+            "expected a model that can be differentiated by its state, found an output without a graph: take "
+            "the model out of torch.no_grad() and .detach() for `tune`"
+        )
+    return torch.zeros_like(along)
+
+
+def _dots(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).flatten(2).sum(2)
 
 
 def _chances(importance: Tensor, n: int) -> Tensor:
