@@ -260,6 +260,10 @@ def test_conditions_follow_their_samples(unchecked):
     )
     assert found.report.untuned.rms < 1e-12
     assert found.report.tuned.rms < 1e-12
+    given = Points().given(point=point)
+    sets = tune_module._sampled(given, normals(5 * 32, 2), 32, 0, None, 20, 20, None)
+    for some, times in ((sets.train, 2), (sets.judge, 2), (sets.held_out, 1)):
+        assert (some.target - point.repeat(times, 1)).abs().max() < 0.1
 
 
 # ---- the fit
@@ -451,6 +455,21 @@ def test_draws_are_unbiased_and_differ():
     assert all_of_them.drawn(importance, 40) is all_of_them
 
 
+def test_a_draw_from_a_draw_stands_for_all():
+    """The mean of a sum over 3000 of them, each of 12 of 20 of 40, is within 6.5 of its standard errors."""
+    values, importance = normals(40) + 2, normals(40, seed=1).abs() + 0.1
+    all_of_them, found = noises(RING.denoiser(SDE), 40), []
+    numbers = torch.randint(10**6, (3000, 2), generator=torch.Generator().manual_seed(0))
+    for one, other in numbers.tolist():
+        some = all_of_them.drawn(importance, 20, one)
+        some = some.drawn(some.start[:, 0].abs() + 0.3, 12, other)
+        rows = (all_of_them.start[:, None] == some.start[None]).all(2).nonzero()[:, 0]
+        found.append((some.weight * values[rows]).sum())
+    found = torch.stack(found)
+    error = found.std() / 3000**0.5
+    assert (found.mean() - values.sum()).abs() < 6.5 * error < 0.04 * values.sum()
+
+
 def test_what_is_drawn_keeps_its_condition():
     class Points(BaseDenoiser):
         sde = SDE
@@ -566,7 +585,6 @@ def test_tuned_for_a_gaussian(what, unchecked):
     )
     assert missed(found.table, SDE) <= 1e-12
     assert len(found.table) == 4
-    assert found.report.status == "finished" or what != "coefficients"  # the others go on to 1e-12
     assert (found.report.n, found.report.seed) == (None, None)
     changed = not torch.allclose(found.table.times, listed[0].times)
     own = torch.tensor(any(torch.equal(found.table.times, t.times) for t in listed))
@@ -811,9 +829,9 @@ def test_only_laws_are_known(unchecked):
         tune_for(SDE, RING.denoiser(SDE), solvers.dpmpp(2), 4)
 
 
-def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch, unchecked):
+def test_scouts_share_the_time_and_the_best_go_on_from_where_they_are(monkeypatch, unchecked):
     """By a clock that stands still: 0.4 of the time for three starts, a third, half of the rest, the rest; of
-    what is left of each for the grid alone a quarter. The best of the starts is the best on all noises."""
+    what is left of each for the grid alone a quarter. The best on all noises goes on first."""
     fits, spaces = [], []
     goals = [solvers.unipc(2).tableau(SDE, grids.quadratic(SDE, k)) for k in (6, 12, 9)]
 
@@ -829,17 +847,17 @@ def test_scouts_share_the_time_and_the_best_goes_on_from_where_it_is(monkeypatch
     monkeypatch.setattr(Fit, "__call__", fit)
     model = RING.denoiser(SDE)
     found = tune(model, solvers.unipc(2), 4, 12.0, "all", shape=(2,), n=64, starts=3, reference=20)
-    assert [until for until, _ in fits] == pytest.approx([0.4, 1.6, 0.6, 2.4, 1.2, 4.8, 12.0, 12.0])
-    assert spaces[6].given is goals[1] and spaces[7].given is goals[1]
-    assert fits[6][1] == pytest.approx(fits[3][1] + 0.1 * 16)
-    assert fits[7][1] == pytest.approx(fits[6][1] + 0.1 * 16)
+    assert [until for until, _ in fits] == pytest.approx([0.4, 1.6, 0.6, 2.4, 1.2, 4.8, 12.0, 12.0, 12.0])
+    assert [space.given for space in spaces[6:]] == [goals[1], goals[2], goals[0]]
+    for again, scout in ((6, 3), (7, 5), (8, 1)):
+        assert fits[again][1] == pytest.approx(fits[scout][1] + 0.1 * 16)
     assert torch.equal(found.table.times, goals[1].times)
     assert found.report.status == "out of time"  # one of the fits had not enough
 
 
 def test_fits_are_on_noises_enough_for_their_parameters(monkeypatch, unchecked):
     """Scouts on a quarter of the first 512 noises, and judged by half of these; no two on the same ones. The
-    last fits on 512 of the 4 times 600."""
+    last one on 512 of the 4 times 600."""
     seen, met = [], []
 
     def fit(self, best):
@@ -848,12 +866,12 @@ def test_fits_are_on_noises_enough_for_their_parameters(monkeypatch, unchecked):
 
     monkeypatch.setattr(Fit, "__call__", fit)
     tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=600, starts=1, reference=20)
-    assert seen == [(128, 256, 4), (128, 256, 16), (512, 512, 16), (512, 512, 16)]
-    assert all(not torch.equal(one, other) for k, one in enumerate(met[:6]) for other in met[:k])
+    assert seen == [(128, 256, 4), (128, 256, 16), (512, 512, 16)]
+    assert all(not torch.equal(one, other) for k, one in enumerate(met) for other in met[:k])
     monkeypatch.setattr(tune_module, "SCOUTS", (0.1, 10))
     seen.clear()
     tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=100, starts=1, reference=20)
-    assert seen == [(16, 64, 4), (64, 64, 16), (100, 100, 16), (100, 100, 16)]
+    assert seen == [(16, 64, 4), (64, 64, 16), (100, 100, 16)]
 
 
 def test_noises_that_matter_are_where_tables_differ():
@@ -898,6 +916,7 @@ def test_the_best_fit_on_all_noises_is_taken(monkeypatch, unchecked):
 
     left = [0, 1, 2, 1, 2]  # those that go on from the best end up worse
     monkeypatch.setattr(Fit, "__call__", fit)
+    monkeypatch.setattr(tune_module, "AGREED", 2)
     found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, shape=(2,), n=64, starts=3, reference=60)
     assert left == [] and torch.equal(found.table.times, tables[0].times)
 
@@ -920,8 +939,9 @@ def test_the_first_noises_are_fitted_on_the_second_are_chosen_by(monkeypatch, un
     monkeypatch.setattr(Fit, "__call__", fit)
     options = {"shape": (2,), "n": 64, "start": start, "wide": 3, "reference": 20}
     tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, **options)
+    assert len(seen) == 6
     for k, (train, judge) in enumerate(seen):
-        of = 64 if k < len(seen) - tune_module.ROUNDS else 192
+        of = 64 if k < 3 else 192
         assert (train[:, None] == start[None, :of]).all(2).any(1).all()
         assert (judge[:, None] == start[None, 192 : 192 + of]).all(2).any(1).all()
     assert not (train[:, None] == start[None, :64]).all(2).any(1).all()  # of the last ones

@@ -44,8 +44,7 @@ NEAR = 1 / 4, RANKED
 # What is drawn of these to fit a scout on and to judge a fit by. Fits get at least NUMBERS for a parameter.
 SCOUTS, JUDGED = (1 / 4, 64), (1 / 2, 64)
 NUMBERS = 8
-AGREED = 3  # the best scouts, whose differences tell which noises matter, and that are judged by those
-ROUNDS = 2  # fits from the best end
+AGREED = 3  # the best scouts, whose differences tell which noises matter, and which go on on those
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
@@ -369,7 +368,7 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
         before = time.perf_counter()
         first.judge.distances(natural(fixed_table))
         # Each of the runs that are still to come takes as long as this one, by their number of noises.
-        runs = 2 * len(sets.held_out) / len(first.judge) + max(2 * task.starts, AGREED) + ROUNDS + 1
+        runs = 2 * len(sets.held_out) / len(first.judge) + max(2 * task.starts, 2 * AGREED) + 1
         search = Search(
             task, sets, first, started + task.seconds - runs * (time.perf_counter() - before), tell
         )
@@ -434,8 +433,9 @@ class Attempt(NamedTuple):
 @dataclass(eq=False)
 class Search:
     """Fits from every start on a few noises, for where a fit ends depends on where it starts, and from the
-    best end on those noises that matter. `used` are the sets that tables are chosen by so far, `fits` all
-    fits, each from before it begins, `ends` those to choose from."""
+    best ends, one after the other as far as there is time, on those noises that matter. `used` are the sets
+    that tables are chosen by so far, `fits` all fits, each from before it begins, `ends` those to choose
+    from."""
 
     task: Task
     sets: Sets
@@ -451,13 +451,11 @@ class Search:
         scouts = sorted(self._scouted(chosen), key=self.rank)[:AGREED]
         forms = [scout.best.form for scout in scouts]
         self.used = self.sets.mattering(forms if len(forms) > 1 else [*forms, natural(chosen[0][1])])
-        self.ends = scouts
-        best = min(scouts, key=self.rank)
-        for _ in range(ROUNDS):
-            space, parameters = best.best.space, best.best.parameters
-            best = Attempt(best.candidate, Best(space, parameters))
-            self.ends.append(best)
-            self._fit(best, self.used.train, self.used.judge, self.until)
+        self.ends = list(scouts)
+        for scout in sorted(scouts, key=self.rank):
+            again = Attempt(scout.candidate, Best(scout.best.space, scout.best.parameters))
+            self.ends.append(again)
+            self._fit(again, self.used.train, self.used.judge, self.until)
 
     def rank(self, end: Attempt) -> float:
         """On the noises that tables are chosen by."""

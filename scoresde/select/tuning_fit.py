@@ -40,7 +40,7 @@ SPREAD = 5.0  # root mean squares up to which a larger error is drawn more often
 RIDGE = 1e-5  # a parameter of 1 costs this share of the loss
 PROBES = 2  # random vectors of signs for each sample
 IDLE_GAIN = 1e-3
-IDLE, STALE = 5, 12  # iterations in a row that gain less, or that give no better table on the other noises
+IDLE, STALE = 15, 30  # iterations in a row that gain less, or that give no better table on the other noises
 FIRST, SMALLEST, LARGEST = 1e-2, 1e-9, 1e6  # damping
 
 
