@@ -546,7 +546,7 @@ def test_a_weight_is_a_number_of_noises(unchecked):
     one, other = found
     assert list(one.errors) == pytest.approx(list(other.errors), rel=1e-5)
     assert len(one.history) > 4 and one.history[-1][0] < one.history[0][0] / 2
-    assert torch.allclose(torch.tensor(one.history[:4]), torch.tensor(other.history[:4]), rtol=1e-4)
+    assert torch.allclose(torch.tensor(one.history[:4]), torch.tensor(other.history[:4]), rtol=1e-5)
     assert torch.allclose(one.parameters, other.parameters, atol=1e-3)
 
 
