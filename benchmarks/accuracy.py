@@ -170,7 +170,7 @@ def _ours(
         return None
     table = _table(solver, make, model.sde, calls)
     source = None if noise is None else lambda k, shape: noise(k)
-    return solvers.from_tableau(table).solve(model, x, table.times[[0, -1]], noise=source).x
+    return solvers.from_tableau(table).solve(model, x, table.ends, noise=source).x
 
 
 @cache

@@ -162,7 +162,7 @@ def chosen_here(board: Board, calls: int, x: Tensor, few: int, more: int) -> Ite
 
 def ends_of(board: Board, table: Any, x: Tensor) -> Tensor:
     solver = solvers.from_tableau(table)
-    return in_blocks(board, x, lambda model, part: solver.solve(model, part, table.times[[0, -1]]).x)
+    return in_blocks(board, x, lambda model, part: solver.solve(model, part, table.ends).x)
 
 
 def fit(board: Board, solver: Any, calls: int, seconds: float, what: str, n: int, starts: int) -> Tuned:
@@ -237,7 +237,7 @@ def measure(name: str, board: Board, calls: int, quick: bool, slack: float) -> d
 
 def defect(table: Tableau) -> float:
     """By how much the end misses the law of a point mass."""
-    alpha, sigma = SDE.alpha(table.times[[0, -1]]), SDE.sigma(table.times[[0, -1]])
+    alpha, sigma = SDE.alpha(table.ends), SDE.sigma(table.ends)
     form = table.canonical()
     mean, deviation = form.a[-1] * alpha[0] + form.B[-1].sum(), form.a[-1] * sigma[0]
     return max(abs(mean - alpha[1]).item(), abs(deviation - sigma[1]).item())

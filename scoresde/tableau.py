@@ -52,8 +52,10 @@ class Tableau:
     """Coefficients of a solver on a grid: `times` (K + 1,), `skip, out, keep, noise` (K,), `mix` (K, H);
     float64, CPU.
 
-    Row k may use the outputs of rows k, k - 1, ..., k - H + 1. Raises ValueError for wrong shapes, non-finite
-    numbers, or a row that reads outputs from before the first row.
+    Row k may use the outputs of rows k, k - 1, ..., k - H + 1. The state x_0 is one at `start`, which is
+    times[0] unless the first call is about another time than that of its state (of almost pure noise a model
+    knows little, whatever it is asked: a little later it knows more). Raises ValueError for wrong shapes,
+    non-finite numbers, or a row that reads outputs from before the first row.
     """
 
     times: Tensor
@@ -63,6 +65,7 @@ class Tableau:
     mix: Tensor
     noise: Tensor
     name: str = dataclass_field(default="tableau")
+    start: float | None = None
 
     def __post_init__(self) -> None:
         for key in FIELDS:
@@ -95,6 +98,20 @@ class Tableau:
                 "expected rows that use outputs of this table only; found weights on outputs before its "
                 "first row"
             )
+        if self.start is not None and not (isinstance(self.start, float) and math.isfinite(self.start)):
+            raise ValueError(f"expected None or a finite time as start of {self.name}, found {self.start!r}")
+
+    @property
+    def nodes(self) -> Tensor:
+        """(K + 1,): the times of the states."""
+        if self.start is None:
+            return self.times
+        return torch.cat([self.times.new_tensor([self.start]), self.times[1:]])
+
+    @property
+    def ends(self) -> Tensor:
+        """(2,): where a run starts, and where it ends."""
+        return self.nodes[[0, -1]]
 
     def __len__(self) -> int:
         """The number of network calls."""
@@ -107,7 +124,8 @@ class Tableau:
         return join([self, other])
 
     def __repr__(self) -> str:
-        head = f"{self.name}: {len(self)} calls, history {self.mix.shape[1]}"
+        late = "" if self.start is None else f", from t = {self.start:.5g}"
+        head = f"{self.name}: {len(self)} calls, history {self.mix.shape[1]}{late}"
         lines = ["   k          t ->          t       skip        out       keep      noise  mix"]
         shown = range(len(self)) if len(self) <= 12 else [*range(5), *range(len(self) - 5, len(self))]
         for k in shown:
@@ -126,6 +144,7 @@ class Tableau:
             {
                 "format": "scoresde.tableau/1",
                 "name": self.name,
+                **({} if self.start is None else {"start": self.start}),
                 **{key: getattr(self, key).tolist() for key in FIELDS},
             }
         )
@@ -148,6 +167,7 @@ class Tableau:
         return cls(
             **{key: torch.tensor(data[key], dtype=torch.float64) for key in FIELDS},
             name=str(data.get("name", "tableau")),
+            start=data.get("start"),
         )
 
     def canonical(self) -> Canonical:
@@ -174,7 +194,7 @@ class Tableau:
         Column 0: `keep_k alpha_k + sum_j mix_kj (skip_{k-j} alpha_{k-j} + out_{k-j}) - alpha_{k+1}`. Column
         1: variance of the state after row k, minus sigma_{k+1}^2.
         """
-        alpha, sigma = sde.alpha(self.times), sde.sigma(self.times)
+        alpha, sigma = sde.alpha(self.nodes), sde.sigma(self.nodes)
         output = self.skip * alpha[:-1] + self.out
         history = (
             torch.nn.functional.pad(output, (self.mix.shape[1] - 1, 0))
@@ -195,10 +215,15 @@ class Tableau:
 def join(tables: Sequence[Tableau]) -> Tableau:
     """The tables one after the other, each starting where the one before ends."""
     for before, after in pairwise(tables):
-        if not bool(torch.isclose(before.times[-1], after.times[0], rtol=1e-12, atol=0)):
+        if not bool(torch.isclose(before.times[-1], after.nodes[0], rtol=1e-12, atol=0)):
             raise ValueError(
                 f"expected each table to start where the one before ends, found {before.times[-1].item()} "
-                f"and {after.times[0].item()}"
+                f"and {after.nodes[0].item()}"
+            )
+        if after.start is not None:
+            raise ValueError(
+                f"expected only the first table to ask about another time than that of its start, found "
+                f"{after.name}, which starts at {after.start} and asks about {after.times[0].item()}"
             )
     width = max(table.mix.shape[1] for table in tables)
     mix = torch.cat([torch.nn.functional.pad(table.mix, (0, width - table.mix.shape[1])) for table in tables])
@@ -206,7 +231,8 @@ def join(tables: Sequence[Tableau]) -> Tableau:
         key: torch.cat([getattr(table, key) for table in tables]) for key in ("skip", "out", "keep", "noise")
     }
     times = torch.cat([*(table.times[:-1] for table in tables), tables[-1].times[-1:]])
-    return Tableau(times, mix=mix, name=" + ".join(dict.fromkeys(table.name for table in tables)), **joined)
+    name = " + ".join(dict.fromkeys(table.name for table in tables))
+    return Tableau(times, mix=mix, name=name, start=tables[0].start, **joined)
 
 
 def run(

@@ -56,7 +56,7 @@ def noises(model, n=6, batch=1000, seed=0, event=(2,)):
 
 def missed(table, sde):
     """By how much the end misses the law of a point mass: the mean, and the standard deviation."""
-    alpha, sigma = sde.alpha(table.times[[0, -1]]), sde.sigma(table.times[[0, -1]])
+    alpha, sigma = sde.alpha(table.ends), sde.sigma(table.ends)
     keep, weight = table.canonical().a[-1], table.canonical().B[-1].sum()
     off = [keep * alpha[0] + weight - alpha[1], keep * sigma[0] - sigma[1]]
     return float(torch.stack(off).abs().max())
@@ -66,7 +66,7 @@ def missed(table, sde):
 def test_the_natural_form_runs_as_the_table_does(solver):
     table = solver.tableau(SDE, grids.quadratic(SDE, 4))
     x, model = normals(8, 2), RING.denoiser(SDE)
-    wanted = solvers.from_tableau(table).solve(model, x, table.times[[0, -1]]).x
+    wanted = solvers.from_tableau(table).solve(model, x, table.ends).x
     found = Noises(model, x, x, 3).trace(natural(table)).states[-1]
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
 
@@ -82,7 +82,7 @@ def test_whatever_the_parameters_a_point_mass_is_kept(sde, end):
     assert len(table) == 6
     assert missed(table, sde) <= 1e-12 * max(1.0, sde.prior_std)
     own = space.solver.tableau(sde, space.grid)
-    assert torch.equal(table.times[[0, -1]], own.times[[0, -1]])
+    assert torch.equal(table.ends, own.ends)
     assert (table.canonical().B - own.canonical().B).abs().max() > 0.05
     # What is seen of it: an inexact weight, a scaled state.
     for change in ({"keep": table.keep + 1e-3}, {"mix": table.mix * 1.001}):
@@ -115,13 +115,70 @@ def test_a_parameter_is_the_logarithm_of_a_factor_on_a_step():
     assert torch.allclose(space.moved(torch.full((4,), 0.7, dtype=F64)).t, space.grid.t, rtol=1e-10)
 
 
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("end", [None, 0.0])
+@pytest.mark.parametrize("sde", [SDE, EDM(0.02, 30.0), Rectified()], ids=repr)
+def test_the_first_call_may_be_about_a_later_time(sde, end, free):
+    """1 - e^{-|p|} of the way to the second node in (sigma/(alpha + sigma))^(1/4). Of a solver's own table
+    nothing else changes, nor do the states of a free one."""
+    space = Space(sde, solvers.unipc(2), grids.karras(sde, 3, end), True, free)
+    place = lambda t: (sde.sigma(t) / (sde.alpha(t) + sde.sigma(t))) ** 0.25  # noqa: E731
+    own, p = space.table(torch.zeros(len(space), dtype=F64)), torch.zeros(2, len(space), dtype=F64)
+    p[:, 3] = torch.tensor([0.5, -0.5], dtype=F64)
+    one, other = (space.table(row) for row in p)
+    before, after = own.times, one.times
+    wanted = math.exp(-0.5) * place(before[0]) + (1 - math.exp(-0.5)) * place(before[1])
+    assert place(after[0]).item() == pytest.approx(wanted.item(), rel=1e-9)
+    assert before[0] > after[0] > before[1] and torch.equal(after[1:], before[1:])
+    assert torch.equal(after, other.times)
+    assert torch.equal(one.ends, own.ends) and torch.equal(one.nodes, own.nodes) and own.start is None
+    for found, kept in zip(one.canonical()[1:], own.canonical()[1:], strict=True):
+        assert torch.equal(found, kept)
+    assert torch.equal(space.forms(p[:1]).times[0], after)
+    again = space.retimed(p[0], moves=True, free=free)
+    assert torch.equal(again.table(torch.zeros(len(space), dtype=F64)).times, after)
+    p[0, 3] = -0.2
+    twice = again.table(p[0])
+    assert place(twice.times[0]).item() == pytest.approx(
+        (math.exp(-0.3) * place(before[0]) + (1 - math.exp(-0.3)) * place(before[1])).item(), rel=1e-9
+    )
+
+
+def test_times_go_on_from_stage_to_stage():
+    """Also where the next stage moves none, and through one that moved none."""
+    space = Space(SDE, solvers.unipc(2), grids.quadratic(SDE, 3), True, False)
+    p = 0.3 * normals(len(space), seed=3)
+    fixed = space.retimed(p, moves=False, free=True)
+    zeros = torch.zeros(len(fixed), dtype=F64)
+    assert torch.equal(fixed.table(zeros).times, space.table(p).times)
+    later = fixed.retimed(zeros + 0.1, moves=True, free=True)
+    assert torch.equal(later.table(torch.zeros(len(later), dtype=F64)).times, space.table(p).times)
+
+
+@pytest.mark.parametrize("what", ["grid", "all"])
+def test_the_first_call_is_worth_something(what, unchecked):
+    """At t_max the model knows little more than the mean: two calls of a tuned table are both about less
+    noise, and are better than any two of which the first is about t_max."""
+    law = Gaussian(torch.zeros(2), torch.tensor([1.0, 0.3]))
+    found = tune_for(SDE, law, solvers.dpmpp(2), 2, 20.0, what, starts=1)
+    assert found.table.start == 1.0 and found.table.times[0] < 0.95
+    assert found.report.tuned.rms == pytest.approx(exact_error(found.table, law), rel=1e-9)
+    held = replace(found.table, times=found.table.nodes, start=None)
+    assert exact_error(held, law) > 1.5 * exact_error(found.table, law)
+    drawn = sample(law.denoiser(SDE), (4, 2), found.solver, grid=found.grid)
+    kept = Tableau.from_json(found.table.to_json())
+    assert kept.start == 1.0 and drawn.end == 1e-3
+    again = sample(law.denoiser(SDE), (4, 2), solvers.from_tableau(kept), grid=kept.ends)
+    assert torch.equal(drawn.x, again.x)
+
+
 @pytest.mark.parametrize("moves", [False, True])
 def test_parameters_of_weights(moves):
     """The j-th free parameter moves one weight below the diagonal, and the newest one against it."""
     space = Space(SDE, solvers.unipc(2), grids.quadratic(SDE, 3), moves, True)
-    assert len(space) == 3 * moves + 3 + 4
+    assert len(space) == 4 * moves + 3 + 4
     parameters = torch.zeros(2, len(space), dtype=F64)
-    parameters[1, 3 * moves + 1] = 0.5  # of (1, 0), (2, 0), (2, 1)
+    parameters[1, 4 * moves + 1] = 0.5  # of (1, 0), (2, 0), (2, 1)
     one, other = space.forms(parameters).weights
     change = other - one
     unit = one[2].abs().max().item()
@@ -155,7 +212,7 @@ def test_stochastic_tables_have_no_form():
 @pytest.mark.parametrize("batch", [4, 7, 1000])
 def test_ends_are_differentiated_by_all_of_a_form(batch):
     """By central differences of the ends, one entry after the other: exact but for times, whose derivatives
-    are forward differences. The first state and time are given, and the time of the end is no one's."""
+    are differences. The first state is given, and the time of the end is no one's."""
     space = Space(SDE, solvers.unipc(3), grids.quadratic(SDE, 4), True, True)
     form = space.forms(0.05 * normals(1, len(space)))
     some, along = noises(RING.denoiser(SDE), batch=batch), normals(3, 6, 2, seed=9)
@@ -165,7 +222,7 @@ def test_ends_are_differentiated_by_all_of_a_form(batch):
     for part, (name, by) in enumerate(zip(form._fields, found.split(sizes, 2), strict=True)):
         for entry in range(sizes[part]):
             row, column = divmod(entry, 4)
-            if (name == "times" and entry in (0, 4)) or (name == "weights" and column > row):
+            if (name == "times" and entry == 4) or (name == "weights" and column > row):
                 assert not by[..., entry].any()
                 continue
             ends = []
@@ -179,14 +236,14 @@ def test_ends_are_differentiated_by_all_of_a_form(batch):
 
 
 def test_derivatives_cost_the_same_however_many_they_are():
-    """For every row but the first a call with a graph and one at a time beside it."""
+    """For every row a call at a time beside its own, and for all but the first one with a graph."""
     space = Space(SDE, solvers.unipc(3), grids.quadratic(SDE, 5), True, True)
     some = noises(RING.denoiser(SDE), n=6, batch=4)
     form = space.forms(torch.zeros(1, len(space), dtype=F64))
     base = some.trace(form)
     assert (some.meter.calls, some.meter.samples) == (10, 30)
     some.pulled_back(form, base, normals(3, 6, 2))
-    assert (some.meter.calls, some.meter.samples) == (10 + 4 * 2 * 2, 30 + 4 * 2 * 6)
+    assert (some.meter.calls, some.meter.samples) == (10 + (4 + 5) * 2, 30 + (4 + 5) * 6)
 
 
 def test_a_model_without_derivatives_is_named(unchecked):
@@ -544,10 +601,9 @@ def test_a_weight_is_a_number_of_noises(unchecked):
         found.append(Best(space, zero))
         changed(found[-1])
     one, other = found
-    assert list(one.errors) == pytest.approx(list(other.errors), rel=1e-5)
-    assert len(one.history) > 4 and one.history[-1][0] < one.history[0][0] / 2
-    assert torch.allclose(torch.tensor(one.history[:4]), torch.tensor(other.history[:4]), rtol=1e-5)
-    assert torch.allclose(one.parameters, other.parameters, atol=1e-3)
+    # By then the rest is a slow way down, which ends where rounding says.
+    assert len(one.history) > 10 and one.history[9][0] < one.history[0][0] / 50
+    assert torch.allclose(torch.tensor(one.history[:10]), torch.tensor(other.history[:10]), rtol=1e-4)
 
 
 def test_errors_of_weights():
@@ -564,7 +620,7 @@ def test_errors_of_weights():
 def exact_error(table, law, sde=SDE):
     """2-Wasserstein distance of the table's output law to that of the probability flow, per coordinate."""
     out = table.law(law, sde)
-    t = table.times[[0, -1]]
+    t = table.ends
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     gain = (
         (alpha[1] ** 2 * law.variance + sigma[1] ** 2) / (alpha[0] ** 2 * law.variance + sigma[0] ** 2)
@@ -850,7 +906,7 @@ def test_scouts_share_the_time_and_the_best_go_on_from_where_they_are(monkeypatc
     assert [until for until, _ in fits] == pytest.approx([0.4, 1.6, 0.6, 2.4, 1.2, 4.8, 12.0, 12.0, 12.0])
     assert [space.given for space in spaces[6:]] == [goals[1], goals[2], goals[0]]
     for again, scout in ((6, 3), (7, 5), (8, 1)):
-        assert fits[again][1] == pytest.approx(fits[scout][1] + 0.1 * 16)
+        assert fits[again][1] == pytest.approx(fits[scout][1] + 0.1 * 17)
     assert torch.equal(found.table.times, goals[1].times)
     assert found.report.status == "out of time"  # one of the fits had not enough
 
@@ -866,12 +922,12 @@ def test_fits_are_on_noises_enough_for_their_parameters(monkeypatch, unchecked):
 
     monkeypatch.setattr(Fit, "__call__", fit)
     tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=600, starts=1, reference=20)
-    assert seen == [(128, 256, 4), (128, 256, 16), (512, 512, 16)]
+    assert seen == [(128, 256, 5), (128, 256, 17), (512, 512, 17)]
     assert all(not torch.equal(one, other) for k, one in enumerate(met) for other in met[:k])
     monkeypatch.setattr(tune_module, "SCOUTS", (0.1, 10))
     seen.clear()
     tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=100, starts=1, reference=20)
-    assert seen == [(16, 64, 4), (64, 64, 16), (100, 100, 16)]
+    assert seen == [(20, 64, 5), (68, 64, 17), (100, 100, 17)]
 
 
 def test_noises_that_matter_are_where_tables_differ():

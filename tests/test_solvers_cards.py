@@ -68,7 +68,7 @@ def test_calls(name: str) -> None:
         if "restart" not in name:
             assert len(table) == solver.calls(steps)
         assert solver.card.stochastic == bool(table.noise.any()) or steps == 1
-        assert torch.equal(table.times[[0, -1]], grid.t[[0, -1]]) or protocol.is_historical(solver)
+        assert torch.equal(table.ends, grid.t[[0, -1]]) or protocol.is_historical(solver)
 
 
 def test_card_lists_every_example() -> None:

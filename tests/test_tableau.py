@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import protocol
@@ -283,10 +284,13 @@ def test_defect_is_the_law_of_a_point_mass() -> None:
     variance.
     """
     sde = VPSDE()
-    for table in (random_table(7, 3, 1), solvers.euler_maruyama().tableau(sde, grids.uniform(sde, 7))):
+    early = replace(random_table(6, 3, 2), start=1.0, times=torch.linspace(0.7, 0.1, 7, dtype=torch.float64))
+    for table in (random_table(7, 3, 1), solvers.euler_maruyama().tableau(sde, grids.uniform(sde, 7)), early):
         defect = table.defect(sde)
         assert defect.shape == (len(table), 2) and defect.dtype == torch.float64
-        alpha, sigma = sde.alpha(table.times).numpy(), sde.sigma(table.times).numpy()
+        times = table.times.clone()
+        times[0] = 1.0  # of the state, whatever the call is about
+        alpha, sigma = sde.alpha(times).numpy(), sde.sigma(times).numpy()
         form = forms(table)
         K = len(table)
         for k in range(K):
@@ -426,6 +430,46 @@ def test_tables_read_only_their_own_outputs_and_are_not_empty() -> None:
         Tableau(**{**empty, "times": torch.ones(1), "mix": torch.zeros(0, 1)})
     with pytest.raises(ValueError, match="expected shapes"):
         Tableau(**{**GOOD, "mix": torch.zeros(3, 0)})
+
+
+def test_a_first_call_about_another_time_than_that_of_the_start(unchecked) -> None:
+    """The model is asked about times[0]; ends, JSON, text and `+` know of the start."""
+    sde, law = VPSDE(), Gaussian(torch.tensor([0.3, -0.1]), 0.5)
+    own = solvers.dpmpp(2).tableau(sde, torch.tensor([1.0, 0.6, 0.3], dtype=torch.float64))
+    times = torch.tensor([0.8, 0.6, 0.3], dtype=torch.float64)
+    table = replace(own, times=times, start=1.0)
+    assert table.nodes.tolist() == [1.0, 0.6, 0.3] and table.ends.tolist() == [1.0, 0.3]
+    assert own.start is None and own.nodes is own.times and own.ends.tolist() == [1.0, 0.3]
+    asked, model, x = [], law.denoiser(sde), torch.randn(4, 2, dtype=torch.float64)
+    solver = solvers.from_tableau(table)
+    end = solver.solve(model, x, table.ends, callback=lambda step: asked.append(step.t)).x
+    assert asked == [0.8, 0.6]
+    outputs = [model(x, times[0])]
+    state = table.keep[0] * x + table.mix[0, 0] * outputs[0]
+    outputs.append(model(state, times[1]))
+    state = table.keep[1] * state + table.mix[1, 0] * outputs[1] + table.mix[1, 1] * outputs[0]
+    assert torch.allclose(end, state, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"runs from t = 1\.0 to 0\.3"):
+        solver.solve(model, x, times)
+
+    back = Tableau.from_json(table.to_json())
+    assert back.start == 1.0 and torch.equal(back.times, times)
+    assert "start" not in json.loads(own.to_json()) and Tableau.from_json(own.to_json()).start is None
+    assert repr(table).splitlines()[0] == "dpmpp: 2 calls, history 2, from t = 1"
+
+    after = solvers.ddim().tableau(sde, torch.tensor([0.3, 0.1], dtype=torch.float64))
+    both = table + after
+    assert both.start == 1.0 and both.times.tolist() == [0.8, 0.6, 0.3, 0.1]
+    before = solvers.ddim().tableau(sde, torch.tensor([1.0, 0.9], dtype=torch.float64))
+    with pytest.raises(ValueError, match="only the first table to ask about another time"):
+        before + replace(after, times=torch.tensor([0.3, 0.1]), start=0.9)
+    with pytest.raises(ValueError, match=r"found 0\.9 and 1\.0"):
+        before + table
+    for wrong in (math.nan, math.inf, "1", 1):
+        with pytest.raises(ValueError, match="expected None or a finite time as start"):
+            replace(own, start=wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="expected None or a finite time as start"):
+        Tableau.from_json(changed(own.to_json(), start="1"))
 
 
 def test_fields_are_float64_on_the_host_without_gradient() -> None:

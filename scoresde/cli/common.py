@@ -28,7 +28,7 @@ def parse_solver(text: str) -> tuple[Solver, Tensor | None]:
     """
     entry = parse_entry(text)
     if isinstance(entry, Tableau):
-        return solvers.from_tableau(entry), entry.times[[0, -1]]
+        return solvers.from_tableau(entry), entry.ends
     return entry, None
 
 

@@ -98,7 +98,7 @@ def listed(
 
 
 def of_table(label: Label, table: Tableau, end: float) -> Job:
-    ends = table.times[[0, -1]]
+    ends = table.ends
     if not math.isclose(float(ends[1]), end, rel_tol=1e-9, abs_tol=1e-12):
         raise ValueError(
             f"expected tables that end at t = {end:g}, found {label.solver} that ends at {float(ends[1]):g}; "

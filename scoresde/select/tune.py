@@ -117,7 +117,7 @@ class Tuned(NamedTuple):
     @property
     def grid(self) -> Tensor:
         """The ends of the table."""
-        return self.table.times[[0, -1]]
+        return self.table.ends
 
     def __repr__(self) -> str:
         return f"{self.report}\n{self.table}"
@@ -233,10 +233,11 @@ def tune(
     or it sends significantly more samples to other ends, the fixed one is returned.
 
     solver     a deterministic TableSolver, or several
-    what       "grid": the times, with the solver's own coefficients, which then suit other models of such
-               data as well; "coefficients": all weights of the table, on the best of `grids`; "all": the
-               times, then both. With weights the table is the model's own (bespoke): its end keeps the law
-               of a point mass whatever the solver did, its states on the way need not
+    what       "grid": the times of the nodes and the one that the first call is about (see `tuning_form`),
+               with the solver's own coefficients, which then suit other models of such data as well;
+               "coefficients": all weights of the table, on the best of `grids`; "all": the times, then both.
+               With weights the table is the model's own (bespoke): its end keeps the law of a point mass
+               whatever the solver did, its states on the way need not
     seconds    for everything; the model is at least called for references and fixed configurations
     shape      of one sample, without the batch
     start      states ((2 wide + 1) n, *shape) at t_max to use instead, where runs do not start from the prior
@@ -515,15 +516,15 @@ def _number(n: int, part: tuple[float, int], enough: float = 0.0) -> int:
 
 
 def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[..., Best]) -> None:
-    """Fit what may change, each stage from the best grid of the one before."""
+    """Fit what may change, each stage from the best times of the one before."""
     steps = candidate.steps(task.calls)
     assert steps is not None  # it has a table
-    grid = candidate.grid(task.sde, steps, task.end)
+    grid, parameters = candidate.grid(task.sde, steps, task.end), torch.zeros(0, dtype=torch.float64)
+    space = Space(task.sde, candidate.solver, grid, moves=False, free=False)
     for k, (moves, free) in enumerate(task.stages, 1):
-        space, now = Space(task.sde, candidate.solver, grid, moves, free), time.perf_counter()
+        space, now = space.retimed(parameters, moves=moves, free=free), time.perf_counter()
         limit = until if k == len(task.stages) else now + EARLY * (until - now)
-        best = fit(Best(space, torch.zeros(len(space), dtype=torch.float64)), limit=limit)
-        grid = space.moved(best.parameters[: len(grid)]) if moves else grid
+        parameters = fit(Best(space, torch.zeros(len(space), dtype=torch.float64)), limit=limit).parameters
 
 
 def more_flips(before: Tensor, after: Tensor, flip: float) -> float:

@@ -13,6 +13,10 @@ The law of the point is kept iff the first and the last are (alpha, sigma) at th
 them a tuned table may leave the marginals: the model is asked at a time of its own for a state that looks
 like one of another time and scale, as far as that helps. So a table is given by its times, the A_k and S_k
 inside, and its weights below the diagonal.
+
+Nor need the first call be about the time of the start. At t_max a state is almost pure noise, and D(x_0, t_0)
+is all but the mean of the data: a call for nothing. Asked about the same x_0 as if it were of a time between
+t_0 and t_1 the model says nearly what it will say there, since until then little but noise has gone by.
 """
 
 from __future__ import annotations
@@ -80,9 +84,10 @@ class Space:
     """The tables around a solver on a grid, by parameters (P,) that are 0 for the solver itself.
 
     If `moves`, the first `len(grid)` of them are logarithms of factors on the steps between the grid's nodes,
-    whose ends stay. If weights are `free`, the next ones are added to those below the diagonal, in units of
-    the largest weight of their row in the solver's table, and the last ones are the shifts and stretches of
-    the states inside (see `completed`): such tables keep the law of a point mass.
+    whose ends stay, and the next one is added to `late`: the first call is about the time 1 - e^{-|late|} of
+    the way to the second node. If weights are `free`, the next ones are added to those below the diagonal, in
+    units of the largest weight of their row in the solver's table, and the last ones are the shifts and
+    stretches of the states inside (see `completed`): such tables keep the law of a point mass.
     """
 
     sde: LinearSDE
@@ -90,29 +95,37 @@ class Space:
     grid: Grid
     moves: bool
     free: bool
+    late: float = 0.0
 
     def __len__(self) -> int:
         """P."""
         rows = self.solver.calls(len(self.grid))
-        return self.moves * len(self.grid) + self.free * (rows - 1) * (rows + 4) // 2
+        return self.timing + self.free * (rows - 1) * (rows + 4) // 2
+
+    @property
+    def timing(self) -> int:
+        """How many of the parameters, from the first, are about times."""
+        return self.moves * (len(self.grid) + 1)
 
     @torch.no_grad()
     def forms(self, parameters: Tensor) -> Form:
         """The tables of parameters (M, P). Raises ValueError where steps vanish."""
-        steps = self.moves * len(self.grid)
-        logs = parameters[:, :steps] if self.moves else parameters.new_zeros(len(parameters), len(self.grid))
-        grids, which = logs.unique(dim=0, return_inverse=True)
-        tables = [self._natural(factors) for factors in grids]
+        timing, rest = parameters.split([self.timing, len(self) - self.timing], 1)
+        timing = timing if self.moves else parameters.new_zeros(len(parameters), len(self.grid) + 1)
+        different, which = timing[:, :-1].unique(dim=0, return_inverse=True)
+        tables = [self._natural(factors) for factors in different]
         form = Form(*(torch.cat(parts)[which] for parts in zip(*tables, strict=True)))
+        asked = torch.cat([self._first(form.times, timing[:, -1])[:, None], form.times[:, 1:]], 1)
         if not self.free:
-            return form
+            return form._replace(times=asked)
         below = torch.ones_like(form.weights[0], dtype=torch.bool).tril(-1)
         inside = len(below) - 1
-        weights, shift, stretch = parameters[:, steps:].split([int(below.sum()), inside, inside], 1)
+        weights, shift, stretch = rest.split([int(below.sum()), inside, inside], 1)
         change = torch.zeros_like(form.weights)
         change[:, below] = weights
         unit = self._own.weights.abs().amax(2, keepdim=True)
-        return completed(self.sde, form.times, form.weights + unit * change, shift, stretch)
+        made = completed(self.sde, form.times, form.weights + unit * change, shift, stretch)
+        return made._replace(times=asked)
 
     def jacobian(self, parameters: Tensor) -> Tensor:
         """(F, P): derivatives of `flat(forms(parameters))`, which take no call of a model, by differences."""
@@ -125,6 +138,22 @@ class Space:
         """The solver's own table on a grid moved by `logs`."""
         return natural(self.solver.tableau(self.sde, self.moved(logs))) if bool(logs.any()) else self._own
 
+    def _first(self, times: Tensor, later: Tensor) -> Tensor:
+        """(M,): the time that the first call is about, for nodes `times` (M, K + 1) and what `late` is
+        changed by (M,)."""
+        late = self.late + later
+        place = self._place(times[:, :2])
+        moved = self._time(place[:, 0] - torch.expm1(-late.abs()) * (place[:, 1] - place[:, 0]))
+        return torch.where(late == 0, times[:, 0], moved)
+
+    def _place(self, t: Tensor) -> Tensor:
+        """What nodes move in."""
+        return (-0.5 * self.sde.log_snr(t)).sigmoid() ** (1 / ROOT)
+
+    def _time(self, place: Tensor) -> Tensor:
+        share = place**ROOT
+        return self.sde.time(2 * (torch.log1p(-share) - share.log()))
+
     @cached_property
     def _own(self) -> Form:
         return natural(self.solver.tableau(self.sde, self.grid))
@@ -132,27 +161,38 @@ class Space:
     def table(self, parameters: Tensor) -> Tableau:
         """The table of parameters (P,): the solver's own on another grid, or if weights are free one that
         remembers outputs D."""
-        name = f"{self.solver.name} tuned"
-        if not self.free:
-            return replace(self.solver.tableau(self.sde, self.moved(parameters)), name=name)
+        name, start = f"{self.solver.name} tuned", float(self.grid.t[0])
         times, keep, weights = (part[0] for part in self.forms(parameters[None]))
+        start = None if float(times[0]) == start else start
+        if not self.free:
+            own = self.solver.tableau(self.sde, self.moved(parameters))
+            return replace(own, times=times, name=name, start=start)
         rows = len(keep)
         mix = torch.zeros(rows, rows, dtype=torch.float64)
         for k in range(rows):
             mix[k, : k + 1] = weights[k, : k + 1].flip(0)
         none, one = torch.zeros(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.float64)
-        return Tableau(times, none, one, keep, mix, none, name)
+        return Tableau(times, none, one, keep, mix, none, name, start)
+
+    def retimed(self, parameters: Tensor, *, moves: bool, free: bool) -> Space:
+        """The tables around the solver with the times of parameters (P,), where others may change."""
+        made = replace(self, moves=moves, free=free)
+        if not self.moves:
+            return made
+        late = self.late + float(parameters[len(self.grid)])
+        return replace(made, grid=self.moved(parameters), late=late)
 
     def moved(self, logs: Tensor) -> Grid:
-        """The grid with its steps times exp(logs), scaled to its ends; where a last step leaves the sde's
-        range for sigma = 0, it starts from the last node in range as before."""
+        """The grid with its steps times exp(logs) (what follows in `logs` is not read), scaled to its ends;
+        where a last step leaves the sde's range for sigma = 0, it starts from the last node in range as
+        before."""
         t = self.grid.t
         apart = int(t[-1] < self.sde.t_min * (1 - 1e-12))
         held = t[: len(t) - apart]
-        if not bool(logs.any()) or len(held) < 2:
+        logs = logs[: len(held) - 1]
+        if not bool(logs.any()):
             return self.grid
-        place = (-0.5 * self.sde.log_snr(held)).sigmoid() ** (1 / ROOT)
-        steps = place.diff() * logs[: len(held) - 1].exp()
-        share = (place[0] + steps.cumsum(0)[:-1] * (place[-1] - place[0]) / steps.sum()) ** ROOT
-        inner = self.sde.time(2 * (torch.log1p(-share) - share.log()))
+        place = self._place(held)
+        steps = place.diff() * logs.exp()
+        inner = self._time(place[0] + steps.cumsum(0)[:-1] * (place[-1] - place[0]) / steps.sum())
         return Grid.of(self.sde, torch.cat([t[:1], inner, t[len(held) - 1 :]]))

@@ -114,28 +114,26 @@ class Noises:
             by.keep[..., k] = _dots(later[k + 1], states[k])
             for j in range(k + 1):
                 by.weights[..., k, j] = _dots(later[k + 1], outputs[j])
-            if k > 0:  # the first state is given, and so is its time
-                by_output = torch.einsum("r,r...->...", weights[k:, k], later[k + 1 :])
-                by_state, by.times[..., k] = self._through(states[k], form.times[0, k], by_output)
-                later[k] = keep[k] * later[k + 1] + by_state
+            by_output = torch.einsum("r,r...->...", weights[k:, k], later[k + 1 :])
+            # By a difference: most models are faster with one time for all, whose derivative is one for all.
+            t, width = form.times[0, k], torch.finfo(self.start.dtype).eps ** (1 / 3) * form.times[0, k]
+            change = (outputs[k] - self._denoised(states[k], t - width)) / width.to(self.start)
+            by.times[..., k] = _dots(by_output, change)
+            if k > 0:  # the first state is given
+                later[k] = keep[k] * later[k + 1] + self._through(states[k], t, by_output)
         return flat(by)
 
-    def _through(self, x: Tensor, t: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives of <along, D(x, t)> by x (C, n, ...), and by t (C, n): the latter by a difference, for
-        most models are faster with one time for all samples, whose derivative is one for all."""
-        n, by_state, by_time = len(self), [], []
-        width = torch.finfo(x.dtype).eps ** (1 / 3) * t
-        at, beside = (time.to(x.device) for time in (t, t + width))
+    def _through(self, x: Tensor, t: Tensor, along: Tensor) -> Tensor:
+        """Derivatives of <along, D(x, t)> by x (C, n, ...)."""
+        n, parts, t = len(self), [], t.to(x.device)
         for some in torch.arange(n, device=x.device).split(self.batch):
             model, state = self.model.narrowed(some, n), x[some]
             with torch.enable_grad():
-                output = checked(model(state.requires_grad_(), at), state)
-                by_state.append(_gradients(model, output, state, at, along[:, some]))
-            change = (checked(model(x[some], beside), state) - output.detach()) / width.to(x)
-            by_time.append(_dots(along[:, some], change))
-            self.meter.calls += 2
-            self.meter.samples += 2 * len(some)
-        return torch.cat(by_state, 1), torch.cat(by_time, 1)
+                output = checked(model(state.requires_grad_(), t), state)
+                parts.append(_gradients(model, output, state, t, along[:, some]))
+            self.meter.calls += 1
+            self.meter.samples += len(some)
+        return torch.cat(parts, 1)
 
     def _denoised(self, x: Tensor, t: Tensor) -> Tensor:
         made = []

@@ -210,9 +210,9 @@ def from_tableau(table: Tableau) -> TableSolver:
 
     def build(sde: LinearSDE, grid: Grid) -> Tableau:
         ends = torch.stack([grid.t[0], grid.t[-1]])
-        if not torch.allclose(ends, table.times[[0, -1]], rtol=1e-9, atol=1e-12):
+        if not torch.allclose(ends, table.ends, rtol=1e-9, atol=1e-12):
             raise ValueError(
-                f"this table runs from t = {table.times[0].item()} to {table.times[-1].item()}, found a grid "
+                f"this table runs from t = {table.ends[0].item()} to {table.ends[1].item()}, found a grid "
                 f"from {ends[0].item()} to {ends[1].item()}"
             )
         return table
