@@ -119,7 +119,7 @@ def test_a_parameter_is_the_logarithm_of_a_factor_on_a_step():
 @pytest.mark.parametrize("end", [None, 0.0])
 @pytest.mark.parametrize("sde", [SDE, EDM(0.02, 30.0), Rectified()], ids=repr)
 def test_the_first_call_may_be_about_a_later_time(sde, end, free):
-    """1 - e^{-|p|} of the way to the second node in (sigma/(alpha + sigma))^(1/4). Of a solver's own table
+    """1 - e^{-p^2} of the way to the second node in (sigma/(alpha + sigma))^(1/4). Of a solver's own table
     nothing else changes, nor do the states of a free one."""
     space = Space(sde, solvers.unipc(2), grids.karras(sde, 3, end), True, free)
     place = lambda t: (sde.sigma(t) / (sde.alpha(t) + sde.sigma(t))) ** 0.25  # noqa: E731
@@ -127,7 +127,7 @@ def test_the_first_call_may_be_about_a_later_time(sde, end, free):
     p[:, 3] = torch.tensor([0.5, -0.5], dtype=F64)
     one, other = (space.table(row) for row in p)
     before, after = own.times, one.times
-    wanted = math.exp(-0.5) * place(before[0]) + (1 - math.exp(-0.5)) * place(before[1])
+    wanted = math.exp(-0.25) * place(before[0]) + (1 - math.exp(-0.25)) * place(before[1])
     assert place(after[0]).item() == pytest.approx(wanted.item(), rel=1e-9)
     assert before[0] > after[0] > before[1] and torch.equal(after[1:], before[1:])
     assert torch.equal(after, other.times)
@@ -140,7 +140,7 @@ def test_the_first_call_may_be_about_a_later_time(sde, end, free):
     p[0, 3] = -0.2
     twice = again.table(p[0])
     assert place(twice.times[0]).item() == pytest.approx(
-        (math.exp(-0.3) * place(before[0]) + (1 - math.exp(-0.3)) * place(before[1])).item(), rel=1e-9
+        (math.exp(-0.09) * place(before[0]) + (1 - math.exp(-0.09)) * place(before[1])).item(), rel=1e-9
     )
 
 
@@ -593,7 +593,7 @@ def test_a_weight_is_a_number_of_noises(unchecked):
     def written_out(of):
         return replace(of, start=of.start[repeated], solution=of.target[repeated])
 
-    space = Space(SDE, solvers.dpmpp(2), grids.quadratic(SDE, 3), True, True)
+    space = Space(SDE, solvers.dpmpp(2), grids.quadratic(SDE, 3), True, True, 0.7)
     zero = torch.zeros(len(space), dtype=F64)
     found = []
     for change in (weighted, written_out):
@@ -778,6 +778,7 @@ def is_fixed(found):
 
 
 def test_without_a_better_table_the_fixed_one_is_returned(monkeypatch, unchecked):
+    monkeypatch.setattr(tune_module, "LATE", 0.0)
     found = scripted(monkeypatch, lambda best: None)
     assert is_fixed(found) and found.report.start is None
     assert found.report.tuned == found.report.untuned
@@ -820,7 +821,8 @@ def test_slow_references_leave_time_for_fixed_configurations(monkeypatch, unchec
     assert found.report.tried == len(tune_module.USUAL_FIRST)
 
 
-def test_no_time_at_all(unchecked):
+def test_no_time_at_all(monkeypatch, unchecked):
+    monkeypatch.setattr(tune_module, "LATE", 0.0)
     found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 1e-6, shape=(2,), n=16, reference=10)
     assert found.report.status == "out of time"
     assert found.report.tried == 1 and found.report.history == ()

@@ -45,6 +45,7 @@ NEAR = 1 / 4, RANKED
 SCOUTS, JUDGED = (1 / 4, 64), (1 / 2, 64)
 NUMBERS = 8
 AGREED = 3  # the best scouts, whose differences tell which noises matter, and which go on on those
+LATE = 0.7  # of `Space`, to begin with where times move
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
@@ -520,7 +521,8 @@ def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[...
     steps = candidate.steps(task.calls)
     assert steps is not None  # it has a table
     grid, parameters = candidate.grid(task.sde, steps, task.end), torch.zeros(0, dtype=torch.float64)
-    space = Space(task.sde, candidate.solver, grid, moves=False, free=False)
+    late = LATE if task.stages[0][0] else 0.0
+    space = Space(task.sde, candidate.solver, grid, moves=False, free=False, late=late)
     for k, (moves, free) in enumerate(task.stages, 1):
         space, now = space.retimed(parameters, moves=moves, free=free), time.perf_counter()
         limit = until if k == len(task.stages) else now + EARLY * (until - now)

@@ -84,7 +84,7 @@ class Space:
     """The tables around a solver on a grid, by parameters (P,) that are 0 for the solver itself.
 
     If `moves`, the first `len(grid)` of them are logarithms of factors on the steps between the grid's nodes,
-    whose ends stay, and the next one is added to `late`: the first call is about the time 1 - e^{-|late|} of
+    whose ends stay, and the next one is added to `late`: the first call is about the time 1 - e^{-late^2} of
     the way to the second node. If weights are `free`, the next ones are added to those below the diagonal, in
     units of the largest weight of their row in the solver's table, and the last ones are the shifts and
     stretches of the states inside (see `completed`): such tables keep the law of a point mass.
@@ -143,7 +143,7 @@ class Space:
         changed by (M,)."""
         late = self.late + later
         place = self._place(times[:, :2])
-        moved = self._time(place[:, 0] - torch.expm1(-late.abs()) * (place[:, 1] - place[:, 0]))
+        moved = self._time(place[:, 0] - torch.expm1(-late.square()) * (place[:, 1] - place[:, 0]))
         return torch.where(late == 0, times[:, 0], moved)
 
     def _place(self, t: Tensor) -> Tensor:
