@@ -32,7 +32,8 @@ from torch import Tensor
 from scoresde import checkpoint, digits, grids, solvers
 from scoresde.denoiser import BaseDenoiser
 from scoresde.select import pool, tune
-from scoresde.select.tune import Tuned, more_flips
+from scoresde.select.tune import Tuned
+from scoresde.select.tuning_search import more_flips
 from scoresde.tableau import Tableau
 
 from . import accuracy, peers, problems

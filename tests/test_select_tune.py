@@ -27,6 +27,7 @@ F64 = torch.float64
 SDE = VPSDE()
 fit_module = importlib.import_module("scoresde.select.tuning_fit")
 tune_module = importlib.import_module("scoresde.select.tune")
+search_module = importlib.import_module("scoresde.select.tuning_search")
 
 ANGLES = 2 * math.pi * torch.arange(5, dtype=F64) / 5
 RING = Mixture(torch.full((5,), 0.2, dtype=F64), torch.stack([ANGLES.cos(), ANGLES.sin()], 1), 0.2**2)
@@ -778,7 +779,7 @@ def is_fixed(found):
 
 
 def test_without_a_better_table_the_fixed_one_is_returned(monkeypatch, unchecked):
-    monkeypatch.setattr(tune_module, "LATE", 0.0)
+    monkeypatch.setattr(search_module, "LATE", 0.0)
     found = scripted(monkeypatch, lambda best: None)
     assert is_fixed(found) and found.report.start is None
     assert found.report.tuned == found.report.untuned
@@ -822,7 +823,7 @@ def test_slow_references_leave_time_for_fixed_configurations(monkeypatch, unchec
 
 
 def test_no_time_at_all(monkeypatch, unchecked):
-    monkeypatch.setattr(tune_module, "LATE", 0.0)
+    monkeypatch.setattr(search_module, "LATE", 0.0)
     found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 1e-6, shape=(2,), n=16, reference=10)
     assert found.report.status == "out of time"
     assert found.report.tried == 1 and found.report.history == ()
@@ -837,7 +838,7 @@ def test_flips_are_compared_in_pairs(new, gone):
     before[:5] = after[:5] = 9.0
     after[5 : 5 + new] = 9.0
     before[40 : 40 + gone] = 9.0
-    found = tune_module.more_flips(before, after, 1.0)
+    found = search_module.more_flips(before, after, 1.0)
     assert found == pytest.approx(binom.sf(new - 1, new + gone, 0.5))
 
 
@@ -926,7 +927,7 @@ def test_fits_are_on_noises_enough_for_their_parameters(monkeypatch, unchecked):
     tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=600, starts=1, reference=20)
     assert seen == [(128, 256, 5), (128, 256, 17), (512, 512, 17)]
     assert all(not torch.equal(one, other) for k, one in enumerate(met) for other in met[:k])
-    monkeypatch.setattr(tune_module, "SCOUTS", (0.1, 10))
+    monkeypatch.setattr(search_module, "SCOUTS", (0.1, 10))
     seen.clear()
     tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, "all", shape=(2,), n=100, starts=1, reference=20)
     assert seen == [(20, 64, 5), (68, 64, 17), (100, 100, 17)]
@@ -947,7 +948,7 @@ def test_noises_that_matter_are_where_tables_differ():
 
     model = Proportional()
     train, judge, held_out = (Noises(model, y, lambda model, x: x, 100) for y in (x, x.flip(0), x[:30]))
-    sets = tune_module.Sets(train, judge, held_out, math.inf, 0.0, 0)
+    sets = search_module.Sets(train, judge, held_out, math.inf, 0.0, 0)
     forms = [natural(solvers.dpmpp(p).tableau(SDE, grids.quadratic(SDE, 3))) for p in (1, 2)]
     found = sets.mattering(forms)
     for drawn in (found.train, found.judge):
@@ -974,16 +975,16 @@ def test_the_best_fit_on_all_noises_is_taken(monkeypatch, unchecked):
 
     left = [0, 1, 2, 1, 2]  # those that go on from the best end up worse
     monkeypatch.setattr(Fit, "__call__", fit)
-    monkeypatch.setattr(tune_module, "AGREED", 2)
+    monkeypatch.setattr(search_module, "AGREED", 2)
     found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 30.0, shape=(2,), n=64, starts=3, reference=60)
     assert left == [] and torch.equal(found.table.times, tables[0].times)
 
 
 def test_a_better_table_with_more_flips_is_not_taken(monkeypatch, unchecked):
     better = solvers.unipc(3).tableau(SDE, grids.quadratic(SDE, 25))
-    monkeypatch.setattr(tune_module, "more_flips", lambda before, after, flip: 0.04)
+    monkeypatch.setattr(search_module, "more_flips", lambda before, after, flip: 0.04)
     assert is_fixed(scripted(monkeypatch, lambda best: setattr(best, "space", Given(better))))
-    monkeypatch.setattr(tune_module, "more_flips", lambda before, after, flip: 0.06)
+    monkeypatch.setattr(search_module, "more_flips", lambda before, after, flip: 0.06)
     found = scripted(monkeypatch, lambda best: setattr(best, "space", Given(better)))
     assert torch.equal(found.table.times, better.times)
 
@@ -1009,9 +1010,9 @@ def test_ends_are_ranked_on_the_noises_that_tables_are_chosen_by(unchecked):
     train, judge, held_out = (noises(RING.denoiser(SDE), seed=k) for k in (0, 2, 4))
     table = solvers.ddim().tableau(SDE, grids.quadratic(SDE, 3))
     weight = 1 + torch.arange(6, dtype=F64)
-    used = tune_module.Sets(train, replace(judge, weight=weight), held_out, 1.0, 0.0, 0)
-    search = tune_module.Search(None, used, used, 0.0, None)
-    end = tune_module.Attempt(None, Best(Given(table), torch.zeros(1)))
+    used = search_module.Sets(train, replace(judge, weight=weight), held_out, 1.0, 0.0, 0)
+    search = search_module.Search(None, used, used, 0.0, None)
+    end = search_module.Attempt(None, Best(Given(table), torch.zeros(1)))
     errors = judge.distances(natural(table))
     assert 0 < (errors > 1.0).sum() < 6
     assert search.rank(end) == Errors.of(errors, 1.0, weight).rank != Errors.of(errors, 1.0).rank

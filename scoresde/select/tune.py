@@ -6,8 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,33 +20,18 @@ from ..sde import LinearSDE
 from ..solvers import from_tableau
 from ..solvers.base import TableSolver, evaluating, execute
 from ..tableau import Tableau
-from .candidates import GRIDS, Candidate
+from .candidates import GRIDS
 from .measures import FLIP
 from .references import USUAL
-from .tuning_fit import Best, Errors, Fit, importance
-from .tuning_form import Form, Space, natural
+from .tuning_fit import Best, Errors
+from .tuning_form import natural
 from .tuning_runs import Meter, Noises, distance
+from .tuning_search import AGREED, RANKED, Ranked, Search, Sets, Task, more_flips, whole
 
-# What may change, stage by stage: (times of the nodes, weights).
-STAGES = {
-    "grid": ((True, False),),
-    "coefficients": ((False, True),),
-    "all": ((True, False), (True, True)),
-}
 # The usual grids come first, for there may not be time for all.
 USUAL_FIRST = {name: GRIDS[name] for name in ("quadratic", "karras(rho=7)")} | GRIDS
-SCREENED, RANKED, SHORTLIST = 64, 512, 16  # noises that every configuration runs on; that the best ones do
+SCREENED, SHORTLIST = 64, 16  # noises that every configuration runs on; how many run on RANKED
 SCREENING = 0.3  # of the time after references
-SCOUTING = 0.4  # of the time that is left then: fits from all starts
-# Noises that scouts and the ranking are on, and as many as are drawn for the last fits: share of n, at least.
-NEAR = 1 / 4, RANKED
-# What is drawn of these to fit a scout on and to judge a fit by. Fits get at least NUMBERS for a parameter.
-SCOUTS, JUDGED = (1 / 4, 64), (1 / 2, 64)
-NUMBERS = 8
-AGREED = 3  # the best scouts, whose differences tell which noises matter, and which go on on those
-LATE = 0.7  # of `Space`, to begin with where times move
-EARLY = 0.25  # share of a fit's time for a stage that another one follows
-SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
 
 @dataclass(frozen=True)
@@ -124,82 +108,6 @@ class Tuned(NamedTuple):
         return f"{self.report}\n{self.table}"
 
 
-class Task(NamedTuple):
-    """What is asked for: configurations to start from, `calls` of each until `end`, what may change in each
-    stage, how long all may take, and from how many to start."""
-
-    sde: LinearSDE
-    candidates: list[Candidate]
-    calls: int
-    stages: tuple[tuple[bool, bool], ...]
-    seconds: float
-    end: float | None
-    starts: int
-
-    @classmethod
-    def of(
-        cls,
-        sde: LinearSDE,
-        solver: TableSolver | Iterable[TableSolver],
-        calls: int,
-        what: str,
-        seconds: float,
-        end: float | None,
-        grids: Mapping[str, GridFunction],
-        starts: int,
-    ) -> Task:
-        """Raises TypeError or ValueError for arguments that do not fit."""
-        _whole(calls=calls, starts=starts)
-        if not 0 < seconds < math.inf:
-            raise ValueError(f"expected seconds > 0 and finite, found {seconds!r}")
-        if what not in STAGES:
-            raise ValueError(f"expected what to be one of {sorted(STAGES)}, found {what!r}")
-        listed = list(solver) if isinstance(solver, Iterable) else [solver]
-        for one in listed:
-            if not isinstance(one, TableSolver):
-                raise TypeError(f"expected solvers that are tables, such as solvers.unipc(3), found {one!r}")
-            if one.card.stochastic:
-                raise ValueError(f"expected deterministic solvers, found {one}: its ends are random")
-        if not listed or not grids:
-            raise ValueError(f"expected at least one solver and one grid, found {listed} and {list(grids)}")
-        candidates = [Candidate(one, grid, name) for name, grid in grids.items() for one in listed]
-        if all(candidate.table(sde, calls, end) is None for candidate in candidates):
-            raise ValueError(f"expected calls that pay for a step of one of {listed}, found {calls}")
-        return cls(sde, candidates, calls, STAGES[what], seconds, end, starts)
-
-
-class Sets(NamedTuple):
-    """Noises to draw those to fit on and those to choose by from, those held out, and the distance that is a
-    flip."""
-
-    train: Noises
-    judge: Noises
-    held_out: Noises
-    flip: float
-    reference_error: float
-    seed: int | None
-
-    def first(self) -> Sets:
-        """With the first noises of those to draw from: for rankings and scouts."""
-        n = _number(len(self.held_out), NEAR)
-        return self._having(self.train.first(n), self.judge.first(n))
-
-    def mattering(self, forms: Sequence[Form]) -> Sets:
-        """With as many of those to draw from on which tables differ. In time it is the same as `first`, in
-        what it tells of tables like these as good as several times more noises: where these agree, they are
-        right."""
-        n = _number(len(self.held_out), NEAR)
-        train, judge = (
-            noises.drawn(importance(noises.apart(forms), self.flip), n) if n < len(noises) else noises
-            for noises in (self.train, self.judge)
-        )
-        return self._having(train, judge)
-
-    def _having(self, train: Noises, judge: Noises) -> Sets:
-        _, _ = train.target, judge.target  # now, so that no other run seems to take this time
-        return self._replace(train=train, judge=judge)
-
-
 def tune(
     model: BaseDenoiser,
     solver: TableSolver | Iterable[TableSolver],
@@ -259,7 +167,7 @@ def tune(
     if not isinstance(model, BaseDenoiser):
         raise TypeError(f"expected a denoiser such as Denoiser(network, sde) as model, found {model!r}")
     task = Task.of(model.sde, solver, calls, what, seconds, end, grids, starts)
-    _whole(n=n, wide=wide, reference=reference, batch=n if batch is None else batch)
+    whole(n=n, wide=wide, reference=reference, batch=n if batch is None else batch)
     batch = max(n, 2**15 // max(math.prod(shape), 1)) if batch is None else batch
     total = (2 * wide + 1) * n
     if start is None:
@@ -317,12 +225,6 @@ def _in_eigenbasis(law: Gaussian) -> Gaussian:
     basis, values = law.eigen()
     mean = law.mean.flatten()
     return Gaussian(mean if basis is None else basis.T @ mean, values)
-
-
-def _whole(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"expected a whole number {name} >= 1, found {value!r}")
 
 
 def _sampled(
@@ -402,9 +304,6 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
     return Tuned(table, report)
 
 
-Ranked = list[tuple[Candidate, Tableau]]
-
-
 def _ranked(task: Task, sets: Sets, until: float) -> tuple[Ranked, int]:
     """Fixed configurations, best first, and how many were tried: all (as far as there is time) on the first
     noises, the best of those on more."""
@@ -423,118 +322,6 @@ def _spread(ranked: Ranked, starts: int) -> Ranked:
     firsts = {repr(entry[0].solver): k for k, entry in reversed(list(enumerate(ranked)))}
     order = sorted(range(len(ranked)), key=lambda k: (k not in firsts.values(), k))
     return [ranked[k] for k in order[:starts]]
-
-
-class Attempt(NamedTuple):
-    """A fit: the configuration that it comes from, and its best parameters."""
-
-    candidate: Candidate
-    best: Best
-
-
-@dataclass(eq=False)
-class Search:
-    """Fits from every start on a few noises, for where a fit ends depends on where it starts, and from the
-    best ends, one after the other as far as there is time, on those noises that matter. `used` are the sets
-    that tables are chosen by so far, `fits` all fits, each from before it begins, `ends` those to choose
-    from."""
-
-    task: Task
-    sets: Sets
-    used: Sets
-    until: float
-    tell: Callable[[Best], None]
-    fits: list[Attempt] = field(default_factory=list)
-    ends: list[Attempt] = field(default_factory=list)
-
-    def run(self, chosen: Ranked) -> None:
-        """From these configurations."""
-        self.ends = self.fits
-        scouts = sorted(self._scouted(chosen), key=self.rank)[:AGREED]
-        forms = [scout.best.form for scout in scouts]
-        self.used = self.sets.mattering(forms if len(forms) > 1 else [*forms, natural(chosen[0][1])])
-        self.ends = list(scouts)
-        for scout in sorted(scouts, key=self.rank):
-            again = Attempt(scout.candidate, Best(scout.best.space, scout.best.parameters))
-            self.ends.append(again)
-            self._fit(again, self.used.train, self.used.judge, self.until)
-
-    def rank(self, end: Attempt) -> float:
-        """On the noises that tables are chosen by."""
-        return self._errors(self._distances(end.best.form)).rank
-
-    def chosen(self, fixed: Tableau) -> tuple[Tableau, str | None]:
-        """The best table that has not significantly more flips than this one, and where it comes from."""
-        untuned = self._distances(natural(fixed))
-        table, start, lowest = fixed, None, self._errors(untuned).rank
-        for end in self.ends:
-            distances = self._distances(end.best.form)
-            rank, suspect = self._errors(distances).rank, more_flips(untuned, distances, self.sets.flip)
-            if rank < lowest and suspect >= SUSPECT:
-                table, start, lowest = end.best.table, end.candidate.name, rank
-        return table, start
-
-    def _distances(self, form: Form) -> Tensor:
-        return self.used.judge.distances(form)
-
-    def _errors(self, distances: Tensor) -> Errors:
-        return Errors.of(distances, self.sets.flip, self.used.judge.weight)
-
-    def _scouted(self, chosen: Ranked) -> list[Attempt]:
-        """The last stages' fits, each on noises of its own, so that none is judged by those that another was
-        lucky on."""
-        forms = [natural(table) for _, table in chosen]
-        train, judge = (
-            partial(noises.drawn, importance([noises.distances(form) for form in forms], self.sets.flip))
-            for noises in (self.used.train, self.used.judge)
-        )
-        n, ends, now = len(self.used.train), [], time.perf_counter()
-        scouted = now + SCOUTING * (self.until - now)
-
-        def fit(candidate: Candidate, best: Best, limit: float) -> Best:
-            attempt, number = Attempt(candidate, best), len(self.fits)
-            enough = NUMBERS * len(best.space) / max(self.used.train.start[0].numel(), 1)
-            few = train(_number(n, SCOUTS, enough), number)
-            self._fit(attempt, few, judge(_number(n, JUDGED), number), limit)
-            return best
-
-        for k, (candidate, _) in enumerate(chosen):
-            now = time.perf_counter()
-            limit = now + (scouted - now) / (len(chosen) - k)
-            _in_stages(self.task, candidate, limit, partial(fit, candidate))
-            ends.append(self.fits[-1])
-        return ends
-
-    def _fit(self, attempt: Attempt, train: Noises, judge: Noises, until: float) -> None:
-        self.fits.append(attempt)
-        Fit(train, judge, self.sets.flip, until, self.tell)(attempt.best)
-
-
-def _number(n: int, part: tuple[float, int], enough: float = 0.0) -> int:
-    """A share of n, at least a number, and enough; n at most."""
-    share, least = part
-    return min(n, math.ceil(max(share * n, least, enough)))
-
-
-def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[..., Best]) -> None:
-    """Fit what may change, each stage from the best times of the one before."""
-    steps = candidate.steps(task.calls)
-    assert steps is not None  # it has a table
-    grid, parameters = candidate.grid(task.sde, steps, task.end), torch.zeros(0, dtype=torch.float64)
-    late = LATE if task.stages[0][0] else 0.0
-    space = Space(task.sde, candidate.solver, grid, moves=False, free=False, late=late)
-    for k, (moves, free) in enumerate(task.stages, 1):
-        space, now = space.retimed(parameters, moves=moves, free=free), time.perf_counter()
-        limit = until if k == len(task.stages) else now + EARLY * (until - now)
-        parameters = fit(Best(space, torch.zeros(len(space), dtype=torch.float64)), limit=limit).parameters
-
-
-def more_flips(before: Tensor, after: Tensor, flip: float) -> float:
-    """P(at least so many new flips) if of the samples that flip in one of two runs (distances (n,) of the
-    same noises) each were as likely to do so in either."""
-    new = int(((after > flip) & (before <= flip)).sum())
-    either = new + int(((after <= flip) & (before > flip)).sum())
-    return sum(math.comb(either, k) for k in range(new, either + 1)) / 2**either
 
 
 @contextmanager
