@@ -119,6 +119,11 @@ def test_a_table_brings_its_grid(tmp_path: Path):
     path.write_text(table.to_json())
     solver, grid = cli.parse_solver(str(path))
     assert solver.tableau(VPSDE(), grid).mix.equal(table.mix)
+    times = table.times.clone()
+    times[0] = 0.9
+    path.write_text(replace(table, times=times, start=1.0).to_json())
+    solver, grid = cli.parse_solver(str(path))
+    assert grid.tolist() == table.ends.tolist() and solver.tableau(VPSDE(), grid).times.equal(times)
     path.write_text('{"format": "else"}')
     with pytest.raises(ValueError, match="Tableau"):
         cli.parse_solver(str(path))

@@ -268,10 +268,12 @@ def test_the_jackknife_is_exact_for_a_mean(alpha_ledger):
 
 def test_all_kinds_of_entries(unchecked):
     table = solvers.dpmpp(2).tableau(SDE, grids.karras(SDE, 7))
+    late = replace(table, times=torch.cat([torch.tensor([0.95]), table.times[1:]]), start=SDE.t_max)
     named = {
         "mine": solvers.dpmpp(2),
         "placed": Candidate(solvers.unipc(2), grids.log_snr, "log_snr"),
         "table": table,
+        "late": late,
         "adaptive": solvers.adaptive_ode(1e-2, 1e-2),
         "pairs": solvers.reversible(2),
         "two": solvers.heun(),
@@ -287,6 +289,7 @@ def test_all_kinds_of_entries(unchecked):
         ),
         *(("two on quadratic", c) for c in (9, 10)),
         ("table", 7),
+        ("late", 7),
         ("adaptive", adaptive),
     }
     assert rows["adaptive", adaptive].calls == adaptive

@@ -908,6 +908,7 @@ def test_scouts_share_the_time_and_the_best_go_on_from_where_they_are(monkeypatc
     found = tune(model, solvers.unipc(2), 4, 12.0, "all", shape=(2,), n=64, starts=3, reference=20)
     assert [until for until, _ in fits] == pytest.approx([0.4, 1.6, 0.6, 2.4, 1.2, 4.8, 12.0, 12.0, 12.0])
     assert [space.given for space in spaces[6:]] == [goals[1], goals[2], goals[0]]
+    assert [space.late for space in spaces[:6]] == pytest.approx([0.7, 0.8] * 3)
     for again, scout in ((6, 3), (7, 5), (8, 1)):
         assert fits[again][1] == pytest.approx(fits[scout][1] + 0.1 * 17)
     assert torch.equal(found.table.times, goals[1].times)

@@ -150,7 +150,7 @@ def _numbers(table: Tableau) -> bytes:
         if bool(table.mix.any())
         else table.mix[:, :1]
     )
-    parts = [table.ends, table.times, table.skip, table.out, table.keep, table.noise, used.flatten()]
+    parts = [table.times, table.skip, table.out, table.keep, table.noise, used.flatten()]
     return (torch.cat(parts) * 1e10).round().numpy().tobytes()
 
 
