@@ -222,7 +222,7 @@ def join(tables: Sequence[Tableau]) -> Tableau:
             )
         if after.start is not None:
             raise ValueError(
-                f"expected only the first table to ask about another time than that of its start, found "
+                "expected only the first table to ask about another time than that of its start, found "
                 f"{after.name}, which starts at {after.start} and asks about {after.times[0].item()}"
             )
     width = max(table.mix.shape[1] for table in tables)

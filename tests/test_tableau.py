@@ -19,7 +19,7 @@ from scoresde.laws import Gaussian
 from scoresde.noise import Noise
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
 from scoresde.tableau import FIELDS, Tableau, check_finite, coefficients, join, not_finite, run
-from scoresde.testing.solver_checks import check_point_mass
+from scoresde.testing.solver_checks import check_point_mass, check_times
 
 SDES: dict[str, LinearSDE] = {
     "vp": VPSDE(),
@@ -451,6 +451,12 @@ def test_a_first_call_about_another_time_than_that_of_the_start(unchecked) -> No
     assert torch.allclose(end, state, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match=r"runs from t = 1\.0 to 0\.3"):
         solver.solve(model, x, times)
+
+    check_point_mass(table, sde)
+    early = replace(table, times=torch.tensor([0.5, 0.6, 0.3], dtype=torch.float64))
+    check_times(early, sde)  # of the states
+    with pytest.raises(AssertionError, match="times that move on"):
+        check_times(replace(early, start=None), sde)
 
     back = Tableau.from_json(table.to_json())
     assert back.start == 1.0 and torch.equal(back.times, times)

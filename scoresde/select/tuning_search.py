@@ -85,6 +85,7 @@ class Task(NamedTuple):
 
 
 def whole(**numbers: int) -> None:
+    """ValueError unless each is a whole number >= 1."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"expected a whole number {name} >= 1, found {value!r}")

@@ -65,16 +65,16 @@ def check_times(table: Tableau, sde: LinearSDE) -> None:
     """Times run from noise to data or back, in t and in log-SNR. Two exceptions: a row that ends with fresh
     noise may lead to a noisier time (churn, restart), and a row may stay where it is, for one more output
     there, if the next one moves on."""
-    for name, clock in (("t", -table.times), ("log-SNR", sde.log_snr(table.times))):
+    for name, clock in (("t", -table.nodes), ("log-SNR", sde.log_snr(table.nodes))):
         step = clock.diff().nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0)  # between and from infinite nodes
-        step = step if float(table.times[0]) > float(table.times[-1]) else -step
+        step = step if float(table.nodes[0]) > float(table.nodes[-1]) else -step
         stays = torch.nn.functional.pad(step == 0, (1, 0))
         wrong = ((step < 0) & (table.noise == 0)) | (stays[1:] & stays[:-1])
         holds(
             f"times that move on, in {name}",
             not bool(wrong.any()),
             row=int(wrong.int().argmax()),
-            times=table.times.tolist(),
+            times=table.nodes.tolist(),
         )
 
 
@@ -97,7 +97,7 @@ def check_point_mass(table: Tableau, sde: LinearSDE, tolerance: float = 1e-12) -
 
 def _terms(table: Tableau, sde: LinearSDE) -> Tensor:
     """(K, 2): the size of what cancels in `Tableau.defect`, at least 1."""
-    alpha, sigma, weight = sde.alpha(table.times)[:-1], sde.sigma(table.times)[:-1], table.mix.abs().sum(1)
+    alpha, sigma, weight = sde.alpha(table.nodes)[:-1], sde.sigma(table.nodes)[:-1], table.mix.abs().sum(1)
     skip = table.skip.abs()
     mean = table.keep.abs() * alpha + weight * (skip * alpha + table.out.abs()).cummax(0).values
     deviation = table.keep.abs() * sigma + weight * (skip * sigma).cummax(0).values
