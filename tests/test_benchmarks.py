@@ -17,7 +17,17 @@ accuracy = pytest.importorskip(
     "benchmarks.accuracy", reason="run from the root of the repository, with `python -m pytest`"
 )
 
-from benchmarks import accuracy_sde, adaptive, likelihood, peers, problems, recommend, tuning, tuning_grid  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accuracy_sde,
+    adaptive,
+    likelihood,
+    peers,
+    problems,
+    recommend,
+    sde_default,
+    tuning,
+    tuning_grid,
+)
 
 F64 = torch.float64
 SDE = accuracy.SDE
@@ -163,6 +173,49 @@ def test_a_board_narrows_down_and_keeps_what_was_measured_last():
     assert [row[side]["solver"] for side in (*accuracy.SIDES, "default")] == ["ours10", "theirs10", "ours3"]
     kept = {name: errors["grid"] for name, errors in result["all"]["ours"].items()}
     assert sorted(kept) == sorted(ours) and kept["ours10"] == [1.4] and kept["ours8"] == [3.4]
+
+
+def test_more_samples_where_errors_are_about_the_floor(monkeypatch):
+    """Eight times as many with 20 calls, in parts whose states and noises differ; the floor falls like
+    1/sqrt(8) (seeded: of 4 samples, it varies by a fifth)."""
+    monkeypatch.setattr(accuracy_sde, "SAMPLES", {"narrow": 8, "shortlist": 8, "choose": 512, "report": 512})
+    measure, asked = accuracy_sde.on_samples("ring", quick=False), []
+
+    def solve(model, x, calls, noise):
+        asked.append((x, noise(0), noise(1)))
+        return x
+
+    run = accuracy.Run("ours", "solver", "grid", solve)
+    few = measure(run, 10, "choose")
+    assert len(asked) == 1
+    many = measure(run, 20, "choose")
+    assert len(asked) == 9 and all(len(x) == 512 for x, *_ in asked)
+    assert len({values.sum().item() for parts in asked[1:] for values in parts}) == 24
+    assert all(torch.equal(one, other) for one, other in zip(*asked[:2], strict=True))
+    assert 0.2 < many.floor / few.floor < 0.6
+    assert measure(run, 20, "shortlist").floor > few.floor and len(asked) == 10
+
+
+def test_a_default_is_the_best_over_problems_and_calls():
+    """Each problem counts alike, however large its errors are, and what is below half the floor is no
+    better than that; who falls behind as calls grow is not tried with more."""
+    errors = {"steady": (0.1, 1.0), "first": (0.001, 9.0), "second": (9.0, 0.9), "unfit": (None, 1.0)}
+    runs = [accuracy.Run("ours", name, "grid", lambda *args: None) for name in errors]
+    tried = []
+
+    def measure(problem, run, calls, stage):
+        tried.append((run.solver, calls))
+        error = errors[run.solver][problem]
+        return None if error is None else accuracy_sde.Distance(error, floor=0.1 * (1 - problem))
+
+    both = [partial(measure, 0), partial(measure, 1)]
+    ranks = sde_default.ranked(both, runs, "narrow", 3)
+    assert [run.solver for run in sde_default.best(ranks, 3)] == ["steady", "first", "second"]
+    assert ranks[runs[0]] == pytest.approx((math.log(0.05) / 2, 0.0))  # 0.1 is at the floor
+    assert ranks[runs[1]] == pytest.approx(((math.log(0.05) + math.log(9.0)) / 2, math.log(9.0)))
+    assert ("unfit", accuracy.CALLS[0]) in tried and ("unfit", accuracy.CALLS[1]) not in tried
+    near = dict(zip(runs[:3], map(sde_default.Rank, (0, 0.09, 0.1), (2, 1.5, 1)), strict=True))
+    assert sde_default.chosen(near).solver == "first"
 
 
 def test_one_path_shares_the_noise_of_a_step():

@@ -383,14 +383,17 @@ def test_probes_are_signs_that_stand_for_all_axes():
     """s s^T, summed over the two probes, is 1 in the mean over 4000 samples: its entries off the diagonal
     have a standard error of sqrt(1/8000), 6.5 of which are allowed (15 entries: 1.2e-9)."""
     like = torch.zeros(400, 3, 2, dtype=torch.float32)
-    drawn = torch.cat([probes(like, number) for number in range(10)], 1)
+    drawn = torch.cat([probes(like, number, 2) for number in range(10)], 1)
     assert drawn.shape == (2, 4000, 3, 2) and drawn.dtype == torch.float32
     assert torch.allclose(drawn.abs(), torch.tensor(0.5**0.5))
     second = torch.einsum("cni,cnj->ij", drawn.flatten(2), drawn.flatten(2)) / 4000
     assert torch.allclose(second.diag(), torch.ones(6), rtol=1e-5)
     assert (second - torch.eye(6)).abs().max() < 6.5 / 8000**0.5
-    assert not torch.equal(probes(like, 0), probes(like, 1)) and torch.equal(probes(like, 1), probes(like, 1))
-    assert torch.equal(probes(like[:, :2, 0], 3), torch.eye(2)[:, None].expand(2, 400, 2))
+    first, other, again = (probes(like, number, 5) for number in (0, 1, 1))
+    assert not torch.equal(first, other) and torch.equal(other, again)
+    assert torch.allclose(first.square().sum(0), torch.ones(()))
+    for count in (2, 3):
+        assert torch.equal(probes(like[:, :2, 0], 3, count), torch.eye(2)[:, None].expand(2, 400, 2))
 
 
 def point_of(slopes, residuals, parameters):
