@@ -18,9 +18,9 @@ others     The error is the sliced 2-Wasserstein distance over random directions
            floor in the square. On the ring samples count together with their images under its rotations,
            with which the law and all samplers commute: no mode is found more often than another by chance.
            All samplers get the same noises. The subspace runs in 61 coordinates, as in
-           `benchmarks.accuracy`, and with 8 times the samples, because its errors are small. On these two
-           the best with 20 and 30 calls are chosen and reported by more samples, for their errors are about
-           the floor of fewer.
+           `benchmarks.accuracy`, and with 8 times the samples, because its errors are small. With 20 and
+           30 calls errors are about the floor of so many: there the best on the ring are chosen and reported
+           by 8 times the samples, those on the subspace reported by 4 times.
 
 The public libraries need the environment of benchmarks/peers.txt.
 """
@@ -64,9 +64,9 @@ from .peers import ETAS
 END = 1e-3
 SAMPLES = {"narrow": 512, "shortlist": 4096, "choose": 32768, "report": 32768}
 TIMES = {"subspace": 8}
-# How many times the samples of the last two stages, on problems and with calls whose floor is in the way.
-LAST = ("choose", "report")
-FINER = {"ring": 8, "subspace": 4}, (20, 30)
+# How many times the samples, on problems and in stages with calls whose floor is in the way.
+FINER = {("ring", "choose"): 8, ("ring", "report"): 8, ("subspace", "report"): 4}
+FINER_CALLS = (20, 30)
 DIRECTIONS, REPEATS, FLOOR = 64, 32, 1e-12
 
 QUARTIC = partial(grids.power, exponent=4)
@@ -224,7 +224,7 @@ def on_samples(name: str, quick: bool) -> Measure:
     def measure(run: Run, calls: int, stage: str) -> Distance | None:
         if stage == "screen":
             return screen(run, calls, stage)
-        finer = FINER[0].get(name, 1) if stage in LAST and calls in FINER[1] else 1
+        finer = FINER.get((name, stage), 1) if calls in FINER_CALLS else 1
         parts, distance = samples(stage, finer)
         ends = []
         for part, x in enumerate(parts):

@@ -38,9 +38,7 @@ WIDTH = 0.3  # c as a share of the distance that is a flip,
 BULK = 2.0, 1e3  # and at least and at most so many root mean squares of the errors that are no flips
 SPREAD = 5.0  # root mean squares up to which a larger error is drawn more often
 RIDGE = 1e-5  # a parameter of 1 costs this share of the loss
-# Random vectors of signs: at least so many for each sample, and so many in all for each parameter. The
-# curvature of P parameters from m of them is off by up to 1 +- sqrt(P/m), squared.
-PROBES, SIGNS = 2, 8
+PROBES = 2  # random vectors of signs for each sample
 IDLE_GAIN = 1e-3
 IDLE, STALE = 15, 30  # iterations in a row that gain less, or that give no better table on the other noises
 FIRST, SMALLEST, LARGEST = 1e-2, 1e-9, 1e6  # damping
@@ -170,23 +168,22 @@ class Fit:
     def _local(self, space: Space, here: Point, number: int) -> Local:
         """The normal equations, by other signs for another number."""
         start = self.train.start
-        count = max(PROBES, math.ceil(SIGNS * len(space) / len(start)))
-        along = torch.cat([here.residuals.view_as(start)[None], probes(start, number, count)])
+        along = torch.cat([here.residuals.view_as(start)[None], probes(start, number)])
         pulled = self.train.pulled_back(here.form, here.trace, along)
         slopes = pulled.double().cpu() @ space.jacobian(here.parameters) / start[0].numel() ** 0.5
         return Local.of(here, slopes[0], slopes[1:], self.flip, self.train.weight)
 
 
-def probes(like: Tensor, number: int, count: int) -> Tensor:
-    """(C, n, ...) vectors s for samples (n, ...), with s s^T summed over C of mean 1: `count` times random
-    signs, or all axes of what has no more of these."""
+def probes(like: Tensor, number: int) -> Tensor:
+    """(C, n, ...) vectors s for samples (n, ...), with s s^T summed over C of mean 1: random signs, or all
+    axes of what has no more of these."""
     d = like[0].numel()
-    if d <= count:
+    if d <= PROBES:
         axes = torch.eye(d, dtype=like.dtype, device=like.device)
         return axes.view(d, 1, *like.shape[1:]).expand(d, *like.shape)
     generator = torch.Generator().manual_seed(number)
-    signs = 2 * torch.randint(2, (count, *like.shape), generator=generator) - 1
-    return (signs / count**0.5).to(like)
+    signs = 2 * torch.randint(2, (PROBES, *like.shape), generator=generator) - 1
+    return (signs / PROBES**0.5).to(like)
 
 
 class Local(NamedTuple):

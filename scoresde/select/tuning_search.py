@@ -34,7 +34,7 @@ NEAR = 1 / 4, RANKED
 # What is drawn of these to fit a scout on and to judge a fit by. Fits get at least NUMBERS for a parameter.
 SCOUTS, JUDGED = (1 / 4, 64), (1 / 2, 64)
 NUMBERS = 8
-AGREED = 2  # the best scouts, whose differences tell which noises matter, and which go on on those
+AGREED = 3  # the best scouts, whose differences tell which noises matter, and which go on on those
 LATE = 0.7  # of `Space`, to begin with where times move
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
