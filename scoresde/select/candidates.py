@@ -190,7 +190,8 @@ def _stochastic() -> list[TableSolver]:
         *((2, 0, "flow", variable, tiny) for variable in ("lam", "t")),
         *((p, p + 1, "flow", variable, tiny) for p in (2, 3) for variable in ("sigma", "t")),
         (2, 3, "data", "t", tiny),
-        *((5, 6, "data", variable, tiny) for variable in ("sigma", "t")),
+        (5, 6, "data", "sigma", tiny),
+        (5, 7, "data", "t", tiny),
         (5, 7, "flow", "t", tiny),
         (6, 7, "data", "sigma", tiny),
     ]
