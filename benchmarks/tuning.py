@@ -91,7 +91,7 @@ def board(name: str) -> Board:
         model.to(memory_format=torch.channels_last)  # a fifth faster here
         noise = partial(_normal, shape, torch.float32)
         label = lambda n: {"label": digits.labels(n)}  # noqa: E731
-        return Board(model, shape, 1280, 8192, 160, 590.0, 3, 64, noise, label)
+        return Board(model, shape, 1280, 8192, 512, 590.0, 3, 64, noise, label)
     law = problems.problem(name)
     noise = partial(_normal, (law.dim,), torch.float64)
     if name == "subspace":

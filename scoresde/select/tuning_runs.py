@@ -116,24 +116,29 @@ class Noises:
                 by.weights[..., k, j] = _dots(later[k + 1], outputs[j])
             by_output = torch.einsum("r,r...->...", weights[k:, k], later[k + 1 :])
             # By a difference: most models are faster with one time for all, whose derivative is one for all.
-            t, width = form.times[0, k], torch.finfo(self.start.dtype).eps ** (1 / 3) * form.times[0, k]
-            change = (outputs[k] - self._denoised(states[k], t - width)) / width.to(self.start)
-            by.times[..., k] = _dots(by_output, change)
-            if k > 0:  # the first state is given
-                later[k] = keep[k] * later[k + 1] + self._through(states[k], t, by_output)
+            # The derivative by the state is taken there as well: off by as little, and no call of its own.
+            width = torch.finfo(self.start.dtype).eps ** (1 / 3) * form.times[0, k]
+            before = form.times[0, k] - width
+            if k == 0:  # the first state is given
+                beside = self._denoised(states[k], before)
+            else:
+                beside, by_state = self._through(states[k], before, by_output)
+                later[k] = keep[k] * later[k + 1] + by_state
+            by.times[..., k] = _dots(by_output, (outputs[k] - beside) / width.to(self.start))
         return flat(by)
 
-    def _through(self, x: Tensor, t: Tensor, along: Tensor) -> Tensor:
-        """Derivatives of <along, D(x, t)> by x (C, n, ...)."""
-        n, parts, t = len(self), [], t.to(x.device)
+    def _through(self, x: Tensor, t: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+        """D(x, t), and derivatives of <along, D(x, t)> by x (C, n, ...)."""
+        n, outputs, parts, t = len(self), [], [], t.to(x.device)
         for some in torch.arange(n, device=x.device).split(self.batch):
             model, state = self.model.narrowed(some, n), x[some]
             with torch.enable_grad():
                 output = checked(model(state.requires_grad_(), t), state)
                 parts.append(_gradients(model, output, state, t, along[:, some]))
+            outputs.append(output.detach())
             self.meter.calls += 1
             self.meter.samples += len(some)
-        return torch.cat(parts, 1)
+        return torch.cat(outputs), torch.cat(parts, 1)
 
     def _denoised(self, x: Tensor, t: Tensor) -> Tensor:
         made = []

@@ -28,7 +28,7 @@ STAGES = {
     "all": ((True, False), (True, True)),
 }
 RANKED = 512  # noises that the best configurations run on
-SCOUTING = 0.4  # of the time that ranking left: fits from all starts
+SCOUTING = 0.25  # of the time that ranking left: fits from all starts
 # Noises that scouts and the ranking are on, and as many as are drawn for the last fits: share of n, at least.
 NEAR = 1 / 4, RANKED
 # What is drawn of these to fit a scout on and to judge a fit by. Fits get at least NUMBERS for a parameter.
