@@ -8,30 +8,20 @@ network is one that returns a ready tensor, or the digits' U-Net; it predicts no
 for the others, except that k-diffusion and azula always get data, their own convention. "table" is
 `tableau.run`, "execute" what solvers call, with its checks. The noise is a ready tensor in all of them, so
 that samplers are compared and not generators; what ours costs stands in a table of its own, and in the column
-"sample", which is the whole call of `sample`: grid, table, reproducible noise, checks.
-
-"compiled" is the loop of `tableau.run` as one graph of torch.compile, for the largest state on the CPU, where
-there is a C++ compiler: operations one by one go through memory eight times for a step of 2M, as by hand,
-and a kernel of their own five times. The network is then an operator that copies the ready tensor, for
-otherwise all steps would be one kernel.
-
-Public libraries need the environment of benchmarks/peers.txt; without it their columns stay empty.
+"sample", which is the whole call of `sample`: grid, table, reproducible noise, checks. Public libraries need
+the environment of benchmarks/peers.txt; without it their columns stay empty.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import platform
-import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -43,7 +33,7 @@ from torch import Tensor, nn
 from scoresde import VPSDE, Denoiser, grids, networks, sample, solvers
 from scoresde.noise import Noise
 from scoresde.solvers.base import execute
-from scoresde.tableau import Tableau, coefficients, loop, run
+from scoresde.tableau import Tableau, run
 
 from . import peers
 
@@ -52,7 +42,7 @@ LONG = ", 3 times the steps"
 SHAPES = {"1x1x2x4": (1, 1, 2, 4), "16x3x32x32": (16, 3, 32, 32), "64x3x32x32": (64, 3, 32, 32)}
 NOISE_BATCHES = (16, 64, 256)
 LIMIT_LOOP, LIMIT_DIFFUSERS, LIMIT_K_DIFFUSION, LIMIT_RANDN, LIMIT_CALL = 1.5, 1 / 5, 1 / 3, 5.0, 0.05
-OURS = ("table", "execute", "compiled")  # what the limits are for
+OURS = ("table", "execute")  # the two that the limits are for
 Run = Callable[[], Any]
 
 
@@ -65,28 +55,6 @@ class Ready(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return self.out
-
-
-@torch.library.custom_op("benchmarks::copied", mutates_args=(), schema="(Tensor x, Tensor out) -> Tensor")
-def copied(x: Tensor, out: Tensor) -> Tensor:
-    """A copy of what is ready, of which no compiler knows that it does not depend on x."""
-    return out.clone()
-
-
-@copied.register_fake
-def _(x: Tensor, out: Tensor) -> Tensor:
-    return torch.empty_like(out)
-
-
-class Opaque(nn.Module):
-    """The same, as little known to a compiler as a network is to the steps around it."""
-
-    def __init__(self, ready: Ready) -> None:
-        super().__init__()
-        self.out = ready.out
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return copied(x, self.out)
 
 
 @dataclass
@@ -287,14 +255,7 @@ METHODS: dict[str, tuple[Any, tuple[str, dict] | None, str | None, tuple[str, di
 }  # fmt: skip
 
 
-def case(
-    method: str,
-    network: str,
-    shape: tuple[int, ...],
-    device: torch.device,
-    steps: int,
-    compiled: bool = False,
-) -> Case:
+def case(method: str, network: str, shape: tuple[int, ...], device: torch.device, steps: int) -> Case:
     """All implementations of a method, ready to run."""
     solver, diffusers, k_diffusion, azula = METHODS[method]
     sde = VPSDE()
@@ -334,21 +295,11 @@ def case(
         runs["azula"] = in_azula(azula[0], table, sde, net, x, z, **azula[1])
     if device.type == "cuda":
         runs["graph"] = in_graph(runs["table"])
-    elif compiled:
-        opaque = Denoiser(Opaque(net), sde, model.predicts).eval()
-        runs["compiled"] = in_one_kernel_a_step(table, opaque, x, z)
     return Case(method, network, "x".join(map(str, shape)), runs, steps)
 
 
 def digits_unet(channels: int) -> nn.Module:
     return networks.UNet(channels, base=24, multipliers=(1, 2), blocks=1)
-
-
-def in_one_kernel_a_step(table: Tableau, model: Denoiser, x: Tensor, z: Tensor) -> Run:
-    """The loop of `run` by torch.compile. Takes half a minute."""
-    rows = model.rows(table.times[:-1], x)
-    numbers, noise = coefficients(table, rows, x.dtype), lambda k, shape: z
-    return partial(torch.compile(lambda x: loop(numbers, rows.evaluate, x, noise), fullgraph=True), x)
 
 
 def in_graph(function: Run) -> Run:
@@ -439,7 +390,6 @@ COLUMNS = (
     "table",
     "execute",
     "sample",
-    "compiled",
     "graph",
     "diffusers",
     "k-diffusion",
@@ -470,7 +420,7 @@ def report(
     for one in cases:
         loop = one.median("loop") or float("nan")
         numbers = [_number(one.median(c)) for c in shown]
-        ratios = [f"{(one.median(c) or float('nan')) / loop:.2f}" for c in ("table", "execute")]
+        ratios = [f"{(one.median(c) or float('nan')) / loop:.2f}" for c in OURS]
         once = [_number(one.once(c)) for c in ("execute", "sample")]
         lines.append("| " + " | ".join([one.method, one.network, one.shape, *numbers, *ratios, *once]) + " |")
     lines += ["", "| state | noise | randn | ratio | U-Net call | share |", "|---|---|---|---|---|---|"]
@@ -526,12 +476,8 @@ def main() -> None:
     device, turns = torch.device(options.device), 5 if options.quick else 15
     clock = Clock(device)
     with torch.no_grad():
-        largest = SHAPES[max(SHAPES, key=lambda name: math.prod(SHAPES[name]))]
-        compiler = shutil.which(os.environ.get("CXX", "g++")) is not None and not options.quick
         cases = [
-            case(method, "ready", shape, device, STEPS, compiler and shape == largest)
-            for shape in SHAPES.values()
-            for method in METHODS
+            case(method, "ready", shape, device, STEPS) for shape in SHAPES.values() for method in METHODS
         ]
         measure(cases, clock, turns, 0.01)
         if not options.quick:

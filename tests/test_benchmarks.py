@@ -21,7 +21,6 @@ from benchmarks import (  # noqa: E402
     accuracy_sde,
     adaptive,
     likelihood,
-    overhead,
     peers,
     problems,
     recommend,
@@ -354,22 +353,3 @@ def test_a_tuned_grid_beside_the_best_fixed_one(monkeypatch):
     assert row["grid"] in ("uniform", "log_snr")
     assert row["ratio"] == row["tuned"]["error"] / row["fixed"]["error"] < 0.7  # better grids are known
     assert not row["fell_back"] and "ring" in tuning_grid.report([row], 20.0)
-
-
-def test_a_compiled_loop_asks_the_network_at_every_step(monkeypatch, unchecked):
-    """What is timed as compiled gives the samples of `run`, and no step is left out of its one graph: the
-    network that is ready is asked as often as one that is not."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        runs = overhead.case("SDE-DPM-Solver++ 2M", "ready", (2, 1, 2, 2), torch.device("cpu"), 5, True).runs
-        assert torch.allclose(runs["compiled"](), runs["table"](), rtol=1e-5, atol=1e-6)
-    (graph,) = graphs
-    assert sum(node.target is torch.ops.benchmarks.copied.default for node in graph.graph.nodes) == 5
