@@ -250,7 +250,7 @@ def test_ends_are_differentiated_by_all_of_a_form(batch, model):
             slope = ((ends[0] - ends[1]) / 2e-5 * along).sum(2)
             last = (entry if name == "keep" else row) == 3
             exact = name != "times" and (last or isinstance(model, Steady))
-            tolerance = 1e-7 if exact else 1e-4
+            tolerance = 1e-7 if exact else 1e-6
             assert (by[..., entry] - slope).norm() <= tolerance * slope.norm().clamp_min(1e-2), (name, entry)
 
 
@@ -283,7 +283,7 @@ def test_derivatives_by_times_ask_for_none_beyond_the_ends(sde, unchecked):
         rows[0, 1] *= at
         ends.append(some.trace(form._replace(times=rows)).states[-1])
     slope = ((ends[1] - ends[0]) * along[0]).sum(1) / (1e-6 * form.times[0, 1])
-    assert torch.allclose(found[0, :, 1], slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max()))
+    assert torch.allclose(found[0, :, 1], slope, rtol=1e-4, atol=1e-5 * float(slope.abs().max()))
 
 
 def test_a_model_without_derivatives_is_named(unchecked):
@@ -643,8 +643,10 @@ def test_a_weight_is_a_number_of_noises(unchecked):
     one, other = found
     assert list(one.errors) == pytest.approx(list(other.errors), rel=1e-5)
     assert len(one.history) > 10 and one.history[-1][0] < one.history[0][0] / 50
-    assert torch.allclose(torch.tensor(one.history[:4]), torch.tensor(other.history[:4]), rtol=1e-5)
-    assert torch.allclose(torch.tensor(one.history[:10]), torch.tensor(other.history[:10]), rtol=1e-4)
+    # Rounding of the differences by time, 1e-8, depends on the batch and grows with the steps (to 3e-4).
+    ways = torch.tensor(one.history[:10]), torch.tensor(other.history[:10])
+    assert torch.allclose(ways[0][:1], ways[1][:1], rtol=1e-9)
+    assert torch.allclose(*ways, rtol=1e-3)
     assert torch.allclose(one.parameters, other.parameters, atol=1e-3)
 
 
@@ -868,9 +870,25 @@ def test_slow_references_leave_time_for_fixed_configurations(monkeypatch, unchec
     assert found.report.tried == len(tune_module.USUAL_FIRST)
 
 
+def test_fits_begin_with_a_longer_first_step():
+    """As many calls as were asked for, on one node more without the second one; where times do not move, on
+    the grid as it is."""
+    usual = {"quadratic": grids.quadratic}
+    for solver, calls, steps in ((solvers.unipc(2), 5, 5), (solvers.heun(), 7, 3), (solvers.unipc(1), 1, 1)):
+        for what in ("grid", "all", "coefficients"):
+            task = search_module.Task.of(SDE, solver, calls, what, 1.0, 0.01, usual, 1)
+            space = search_module._begun(task, task.candidates[0])
+            more = grids.quadratic(SDE, steps + 1, 0.01).t
+            wanted = torch.cat([more[:1], more[2:]])
+            fixed = what == "coefficients"
+            assert torch.equal(space.grid.t, grids.quadratic(SDE, steps, 0.01).t if fixed else wanted)
+            assert space.late == (0.0 if fixed else search_module.LATE)
+
+
 def test_no_time_at_all(monkeypatch, unchecked):
     """A fit that has no time stays where it begins, here at the fixed table."""
     monkeypatch.setattr(search_module, "LATE", 0.0)
+    monkeypatch.setattr(search_module, "SKIPPED", 0)
     found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 1e-6, shape=(2,), n=16, reference=10)
     assert found.report.status == "out of time"
     assert found.report.tried == 1 and found.report.history == ()

@@ -117,7 +117,7 @@ class Noises:
             by_output = torch.einsum("r,r...->...", weights[k:, k], later[k + 1 :])
             # By a difference: most models are faster with one time for all, whose derivative is one for all.
             # The derivative by the state is taken there too, without a call of its own: off by about as much.
-            width = torch.finfo(self.start.dtype).eps ** (1 / 3) * form.times[0, k]
+            width = torch.finfo(self.start.dtype).eps ** 0.5 * form.times[0, k]
             before = form.times[0, k] - width
             if k == 0:  # the first state is given
                 beside = self._denoised(states[k], before)

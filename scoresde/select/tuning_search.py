@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..grids import Grid
 from ..sampling import GridFunction
 from ..sde import LinearSDE
 from ..solvers.base import TableSolver
@@ -35,7 +36,9 @@ NEAR = 1 / 4, RANKED
 SCOUTS, JUDGED = (1 / 4, 64), (1 / 2, 64)
 NUMBERS = 8
 AGREED = 3  # the best scouts, whose differences tell which noises matter, and which go on on those
-LATE = 0.7  # of `Space`, to begin with where times move
+# Where times move, to begin with: `late` of `Space`, and how many nodes more a grid has whose second and next
+# ones are left out, for the first call is not lost on t_max then and a first step may be longer.
+LATE, SKIPPED = 0.7, 1
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
@@ -219,15 +222,21 @@ def _number(n: int, part: tuple[float, int], enough: float = 0.0) -> int:
 
 def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[..., Best]) -> None:
     """Fit what may change, each stage from the best times of the one before."""
-    steps = candidate.steps(task.calls)
-    assert steps is not None  # it has a table
-    grid, parameters = candidate.grid(task.sde, steps, task.end), torch.zeros(0, dtype=torch.float64)
-    late = LATE if task.stages[0][0] else 0.0
-    space = Space(task.sde, candidate.solver, grid, moves=False, free=False, late=late)
+    space, parameters = _begun(task, candidate), torch.zeros(0, dtype=torch.float64)
     for k, (moves, free) in enumerate(task.stages, 1):
         space, now = space.retimed(parameters, moves=moves, free=free), time.perf_counter()
         limit = until if k == len(task.stages) else now + EARLY * (until - now)
         parameters = fit(Best(space, torch.zeros(len(space), dtype=torch.float64)), limit=limit).parameters
+
+
+def _begun(task: Task, candidate: Candidate) -> Space:
+    """Around the solver on its grid, or on one with a longer first step where times move."""
+    steps, moves = candidate.steps(task.calls), task.stages[0][0]
+    assert steps is not None  # it has a table
+    late, skipped = (LATE, SKIPPED) if moves else (0.0, 0)
+    t = candidate.grid(task.sde, steps + skipped, task.end).t
+    grid = Grid.of(task.sde, torch.cat([t[:1], t[1 + skipped :]]))
+    return Space(task.sde, candidate.solver, grid, moves=False, free=False, late=late)
 
 
 def more_flips(before: Tensor, after: Tensor, flip: float) -> float:
