@@ -20,8 +20,7 @@ others     The error is the sliced 2-Wasserstein distance over random directions
            All samplers get the same noises. The subspace runs in 61 coordinates, as in
            `benchmarks.accuracy`, and with 8 times the samples, because its errors are small. With 20 and
            30 calls errors are about the floor of so many: there the best on the ring are chosen and reported
-           by 8 times the samples, those on the subspace reported by 4 times, and with 30 chosen by 4 times in
-           every stage and reported by 8 times.
+           by 8 times the samples, those on the subspace reported by 4 times, and with 30 chosen so too.
 
 The public libraries need the environment of benchmarks/peers.txt.
 """
@@ -69,10 +68,8 @@ TIMES = {"subspace": 8}
 FINER = {
     ("ring", "choose"): {20: 8, 30: 8},
     ("ring", "report"): {20: 8, 30: 8},
-    ("subspace", "narrow"): {30: 4},
-    ("subspace", "shortlist"): {30: 4},
     ("subspace", "choose"): {30: 4},
-    ("subspace", "report"): {20: 4, 30: 8},
+    ("subspace", "report"): {20: 4, 30: 4},
 }
 DIRECTIONS, REPEATS, FLOOR = 64, 32, 1e-12
 
