@@ -6,7 +6,7 @@ one tuned table, on three laws with exact denoisers and on a trained network.
 VP(0.1, 20), t from 1 to 1e-3. Scoring is that of `benchmarks.accuracy`: the root mean square distance to the
 probability-flow solution from the same noise, over the samples that are no flips (0.3 off), the share of
 flips, and the median. A few that nearly flip are much of a mean square (two or three of 8192 digits decide),
-so 4096 to 32768 noises are held out. Untuned is the better of what `benchmarks.accuracy` chose of ours and of
+so 4096 to 16384 noises are held out. Untuned is the better of what `benchmarks.accuracy` chose of ours and of
 public solvers for the problem and number of calls, run again on the noises held out here; on digits what is
 best of `select.pool()` on noises of its own. Tuned is `select.tune(what="all")` from one list of solvers and
 a seed of its own, which has seen neither these noises nor what is best untuned. Flips are compared by the
@@ -92,7 +92,7 @@ def board(name: str) -> Board:
         model.to(memory_format=torch.channels_last)  # a fifth faster here
         noise = partial(_normal, shape, torch.float32)
         label = lambda n: {"label": digits.labels(n)}  # noqa: E731
-        return Board(model, shape, 1280, 32768, 512, 590.0, 3, 64, noise, label)
+        return Board(model, shape, 1280, 16384, 512, 590.0, 3, 64, noise, label)
     law = problems.problem(name)
     noise = partial(_normal, (law.dim,), torch.float64)
     if name == "subspace":
