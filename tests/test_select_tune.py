@@ -265,6 +265,21 @@ def test_derivatives_cost_the_same_however_many_they_are():
     assert (some.meter.calls, some.meter.samples) == (10 + 5 * 2, 30 + 5 * 6)
 
 
+def test_derivatives_know_how_finely_the_model_computes(unchecked):
+    """Differences of a float32 network's outputs are as good for float64 states as for its own."""
+    torch.manual_seed(0)
+    network = MLP(2, hidden=16)
+    for parameter in network.parameters():  # of an untrained one the last ones are 0
+        torch.nn.init.normal_(parameter, std=0.1)
+    form, start = natural(solvers.unipc(3).tableau(SDE, grids.quadratic(SDE, 4))), normals(5, 2)
+    found = []
+    for dtype, of in ((torch.float32, F64), (F64, F64)):
+        some = Noises(Denoiser(network.to(dtype), SDE, "velocity"), start.to(of), start, 100)
+        found.append(some.pulled_back(form, some.trace(form), normals(1, 5, 2, seed=1))[0])
+    one, exact = found
+    assert (one - exact)[:, :4].norm() < 0.02 * exact[:, :4].norm()  # by the times
+
+
 @pytest.mark.parametrize("sde", [SDE, EDM(0.02, 30.0), Rectified()], ids=repr)
 def test_derivatives_by_times_ask_for_none_beyond_the_ends(sde, unchecked):
     """Not only the first row may ask about t_max, nor does a process have times beyond it."""

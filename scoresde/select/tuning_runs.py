@@ -107,6 +107,8 @@ class Noises:
         the graph of one call on one batch is held."""
         states, outputs, rows = trace.states, trace.outputs, form.keep.shape[1]
         keep, weights = form.keep[0].to(self.start), form.weights[0].to(self.start)
+        # A network in float32 rounds as such when the states are float64.
+        rounding = max(torch.finfo(dtype).eps for dtype in (self.start.dtype, self.model.dtype))
         by = Form(*(along.new_zeros(*along.shape[:2], *part.shape[1:]) for part in form))
         later = along.new_zeros(rows + 1, *along.shape)  # derivatives by the states
         later[rows] = along
@@ -117,7 +119,7 @@ class Noises:
             by_output = torch.einsum("r,r...->...", weights[k:, k], later[k + 1 :])
             # By a difference: most models are faster with one time for all, whose derivative is one for all.
             # The derivative by the state is taken there too, without a call of its own: off by about as much.
-            width = torch.finfo(self.start.dtype).eps ** 0.5 * form.times[0, k]
+            width = rounding**0.5 * form.times[0, k]
             before = form.times[0, k] - width
             if k == 0:  # the first state is given
                 beside = self._denoised(states[k], before)
