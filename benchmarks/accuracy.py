@@ -100,13 +100,14 @@ class Score(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A configuration: whose, which solver, which grid, and how to run it from x with a number of calls and
-    noise (None: it does not fit)."""
+    """A configuration: whose, which solver, which grid, how to run it from x with a number of calls and noise
+    (None: it does not fit), and the nodes that it has with a number of calls."""
 
     side: str
     solver: str
     grid: str
     solve: Callable[[BaseDenoiser, Tensor, int, Noise | None], Tensor | None]
+    nodes: Callable[[LinearSDE, int], grids.Grid]
 
 
 class InBlocks(BaseDenoiser):
@@ -160,7 +161,8 @@ def ours(listed: Iterable[solvers.TableSolver], more: dict[str, Make] = MORE_GRI
     """Every solver on every grid."""
     for solver in listed:
         for name, make in {**GRIDS, **more}.items():
-            yield Run("ours", name_of(solver), name, partial(_ours, solver, make))
+            nodes = partial(_nodes, make, solver.steps_for)
+            yield Run("ours", name_of(solver), name, partial(_ours, solver, make), nodes)
 
 
 def _ours(
@@ -171,6 +173,10 @@ def _ours(
     table = _table(solver, make, model.sde, calls)
     source = None if noise is None else lambda k, shape: noise(k)
     return solvers.from_tableau(table).solve(model, x, table.ends, noise=source).x
+
+
+def _nodes(make: Make, steps_for: Callable[[int], int], sde: LinearSDE, calls: int) -> grids.Grid:
+    return make(sde, steps_for(calls))
 
 
 @cache
@@ -184,7 +190,8 @@ def theirs(listed: dict[str, peers.Public]) -> Iterator[Run]:
     for name, public in listed.items():
         if peers.missing(name.split()[0]) is None:
             for grid, make in GRIDS.items():
-                yield Run("theirs", name, grid, partial(_theirs, public, make))
+                nodes = partial(_nodes, make, public.steps_for)
+                yield Run("theirs", name, grid, partial(_theirs, public, make), nodes)
 
 
 def _theirs(
@@ -333,22 +340,17 @@ def _line(name: str, row: dict[str, Any]) -> str:
     return " | ".join(cells)
 
 
-def excess(side: dict[str, Any]) -> float:
-    """The error; where it has a floor, what exceeds it in the square."""
-    return math.sqrt(max(side["error"] ** 2 - side.get("floor", 0.0) ** 2, 0.0))
-
-
 def at_floor(side: dict[str, Any]) -> bool:
     """Whether samples of this number hardly tell the law from the true one."""
-    return excess(side) < 0.5 * side.get("floor", 0.0)
+    return side["error"] < side.get("floor", 0.0)
 
 
 def ratio(side: dict[str, Any] | None, other: dict[str, Any] | None) -> float | None:
-    """The error of one over that of the other, each at least half its floor; None where both are at the
-    floor, or there is none."""
+    """The error of one over that of the other, each at least its floor; None where both are at the floor, or
+    there is none."""
     if side is None or other is None or (at_floor(side) and at_floor(other)):
         return None
-    mine, public = (max(excess(s), 0.5 * s.get("floor", 0.0)) for s in (side, other))
+    mine, public = (max(s["error"], s.get("floor", 0.0)) for s in (side, other))
     return mine / public
 
 
@@ -446,7 +448,7 @@ def picture(boards: list[dict[str, Any]], path: Path, label: str) -> None:
         best = [row[side]["error"] for row in rows for side in names if side in row]
         floors = [row["ours"].get("floor", 0.0) for row in rows]
         if any(floors):
-            axis.plot(calls, floors, ":", color="gray", lw=1.5, label="true samples of the same number")
+            axis.plot(calls, floors, ":", color="gray", lw=1.5, label="what samples can tell")
         axis.set(xscale="log", yscale="log", ylim=(0.5 * min([*best, *filter(None, floors)]), 6 * max(best)))
         axis.set_xticks(calls, [str(n) for n in calls])
         axis.minorticks_off()

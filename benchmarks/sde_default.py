@@ -3,9 +3,9 @@
 
     python -m benchmarks.sde_default
 
-By the geometric mean of its errors over problems and calls, each at least half the floor of its samples, on
-what `benchmarks.accuracy_sde` chooses configurations on and never on what it reports: all our configurations
-on the first Gaussian and on those with the mean and covariance of the mixtures, with more and more calls, of
+By the geometric mean of its errors over problems and calls, each at least what its samples tell, on what
+`benchmarks.accuracy_sde` chooses configurations on and never on what it reports: all our configurations on
+the first Gaussian and on those with the mean and covariance of the mixtures, with more and more calls, of
 which the best 400 go on; the best 60 of all on few samples of the mixtures, and the best 12 of these on more.
 Of those at most a tenth above the best mean the one is chosen whose largest error is the least.
 """
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from . import accuracy_sde, problems
-from .accuracy import BOARDS, CALLS, Measure, Run, distinct, excess, ours
+from .accuracy import BOARDS, CALLS, Measure, Run, distinct, ours
 
 # Where configurations are measured, how many of the best so far, and how many of them stay.
 STAGES = ("screen", None, 400), ("narrow", 60, 60), ("shortlist", 12, 12)
@@ -37,11 +37,11 @@ Ranks = dict[Run, Rank]
 
 
 def error(measure: Measure, run: Run, calls: int, stage: str) -> float:
-    """Logarithm of what exceeds the floor, at least half of it; a run that does not fit is no default."""
+    """Its logarithm, at least that of the floor; a run that does not fit is no default."""
     found = measure(run, calls, stage)
     if found is None or not math.isfinite(found.error):
         return math.inf
-    return math.log(max(excess(found._asdict()), 0.5 * found.floor, accuracy_sde.FLOOR))
+    return math.log(max(found.error, found.floor))
 
 
 def best(ranks: Ranks, kept: int) -> list[Run]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from scoresde import VPSDE, grids, sample, solvers
 from scoresde.denoiser import BaseDenoiser, Denoiser
+from scoresde.grids import Grid
 from scoresde.laws import Gaussian, Mixture
 from scoresde.networks import MLP
 from scoresde.noise import Noise
@@ -887,25 +889,71 @@ def test_slow_references_leave_time_for_fixed_configurations(monkeypatch, unchec
     assert found.report.tried == len(tune_module.USUAL_FIRST)
 
 
-def test_fits_begin_with_a_longer_first_step():
-    """As many calls as were asked for, on one node more without the second one; where times do not move, on
-    the grid as it is."""
-    usual = {"quadratic": grids.quadratic}
-    for solver, calls, steps in ((solvers.unipc(2), 5, 5), (solvers.heun(), 7, 3), (solvers.unipc(1), 1, 1)):
-        for what in ("grid", "all", "coefficients"):
-            task = search_module.Task.of(SDE, solver, calls, what, 1.0, 0.01, usual, 1)
-            space = search_module._begun(task, task.candidates[0])
-            more = grids.quadratic(SDE, steps + 1, 0.01).t
-            wanted = torch.cat([more[:1], more[2:]])
-            fixed = what == "coefficients"
-            assert torch.equal(space.grid.t, grids.quadratic(SDE, steps, 0.01).t if fixed else wanted)
-            assert space.late == (0.0 if fixed else search_module.LATE)
+class Known:
+    """In place of noises: distances of a form are what `error(form)` says, and forms asked for are kept."""
+
+    def __init__(self, error):
+        self.error, self.asked = error, []
+
+    def distances(self, form):
+        self.asked.append(form)
+        return torch.full((4,), self.error(form), dtype=F64)
+
+
+@pytest.mark.parametrize(("skipped", "late"), search_module.BEGUN)
+@pytest.mark.parametrize(
+    ("solver", "calls", "steps"), [(solvers.unipc(2), 5, 5), (solvers.heun(), 7, 3), (solvers.unipc(1), 1, 1)]
+)
+def test_fits_begin_with_a_longer_first_step(solver, calls, steps, skipped, late, unchecked):
+    """As many calls as were asked for, on a grid of more nodes without those after the first: whichever is
+    best as it stands."""
+    task = search_module.Task.of(SDE, solver, calls, "all", 1.0, 0.01, {"quadratic": grids.quadratic}, 1)
+    more = grids.quadratic(SDE, steps + skipped, 0.01).t
+    wanted = torch.cat([more[:1], more[1 + skipped :]])
+
+    def error(form):
+        """0 for the one wanted: its times, but for the first, and the first call's."""
+        space = search_module.Space(SDE, solver, Grid.of(SDE, wanted), moves=False, free=False, late=late)
+        own = space.forms(torch.zeros(1, 0, dtype=F64))
+        return (form.times - own.times).abs().max().item()
+
+    noises = Known(error)
+    ranked = [(candidate, None) for candidate in task.candidates]
+    (start,) = search_module.starts(task, ranked, noises, 1.0, math.inf)
+    assert torch.equal(start.space.grid.t, wanted) and start.space.late == late
+    assert error(start.form) == 0 and len(noises.asked) == len(search_module.BEGUN)
+    assert start.form.keep.shape == (1, len(natural(solver.tableau(SDE, start.space.grid)).keep[0]))
+
+
+def test_fits_begin_on_the_grid_where_its_times_stay(unchecked):
+    usual = {"quadratic": grids.quadratic, "uniform": grids.uniform}
+    task = search_module.Task.of(SDE, solvers.unipc(2), 5, "coefficients", 1.0, 0.01, usual, 1)
+    ranked = [(candidate, None) for candidate in task.candidates]
+    found = search_module.starts(task, ranked, None, 1.0, 0.0)
+    assert [start.candidate for start in found] == task.candidates
+    for start, make in zip(found, usual.values(), strict=True):
+        assert torch.equal(start.space.grid.t, make(SDE, 5, 0.01).t) and start.space.late == 0
+
+
+def test_fits_begin_from_what_is_best_as_it_stands(unchecked):
+    """Best first, as far as there is time, at least from one; of each solver before the next best ones."""
+    usual = {f"power {p}": partial(grids.power, exponent=p) for p in (1.5, 2, 3)}
+    task = search_module.Task.of(SDE, [solvers.unipc(2), solvers.unipc(3)], 5, "grid", 1.0, 0.01, usual, 1)
+    ranked = [(candidate, None) for candidate in task.candidates]
+    noises = Known(lambda form: (form.times[0, 3] - 0.16).abs().item())
+    found = search_module.starts(task, ranked, noises, 1.0, math.inf)
+    errors = [noises.error(start.form) for start in found]
+    assert len(found) == 6 and errors == sorted(errors) and errors[0] < errors[-1]
+    (first,) = search_module.starts(task, ranked, noises, 1.0, 0.0)
+    assert first.candidate == task.candidates[0]
+    spread = tune_module._spread(found, 6)
+    assert spread[0] is found[0] and repr(spread[0].candidate.solver) != repr(spread[1].candidate.solver)
+    assert spread[2:] == [start for start in found if start not in spread[:2]]
 
 
 def test_no_time_at_all(monkeypatch, unchecked):
     """A fit that has no time stays where it begins, here at the fixed table."""
-    monkeypatch.setattr(search_module, "LATE", 0.0)
-    monkeypatch.setattr(search_module, "SKIPPED", 0)
+    monkeypatch.setattr(search_module, "BEGUN", ((0, 0.0),))
     found = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 1e-6, shape=(2,), n=16, reference=10)
     assert found.report.status == "out of time"
     assert found.report.tried == 1 and found.report.history == ()

@@ -36,9 +36,10 @@ NEAR = 1 / 4, RANKED
 SCOUTS, JUDGED = (1 / 4, 64), (1 / 2, 64)
 NUMBERS = 8
 AGREED = 3  # the best scouts, whose differences tell which noises matter, and which go on on those
-# Where times move, to begin with: `late` of `Space`, and how many nodes more a grid has whose second and next
-# ones are left out, for the first call is not lost on t_max then and a first step may be longer.
-LATE, SKIPPED = 0.7, 1
+# How fits may begin where times move: on a grid of so many nodes more, whose second and next ones are left
+# out, and with such a `late` of `Space`: the first call is not lost on t_max then, and a first step may be
+# longer.
+BEGUN = (1, 0.7), (1, 0.9), (2, 0.7), (2, 0.9)
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
@@ -129,6 +130,42 @@ class Sets(NamedTuple):
 Ranked = list[tuple[Candidate, Tableau]]
 
 
+class Start(NamedTuple):
+    """A configuration, and the tables that its times may be fitted in."""
+
+    candidate: Candidate
+    space: Space
+
+    @property
+    def form(self) -> Form:
+        """As it stands."""
+        return self.space.forms(torch.zeros(1, len(self.space), dtype=torch.float64))
+
+
+def starts(task: Task, ranked: Ranked, noises: Noises, flip: float, until: float) -> list[Start]:
+    """Where fits from these configurations begin, one for each: as it is or, where times move, what is best
+    on these noises of those that `BEGUN` names, best first; as far as there is time."""
+    if not task.stages[0][0]:
+        return [Start(candidate, _space(task, candidate)) for candidate, _ in ranked]
+    found: list[tuple[float, Start]] = []
+    for candidate, _ in ranked:
+        if found and time.perf_counter() > until:
+            break
+        each = [Start(candidate, _space(task, candidate, *begun)) for begun in BEGUN]
+        ranks = [Errors.of(noises.distances(start.form), flip).rank for start in each]
+        found.append(min(zip(ranks, each, strict=True), key=lambda pair: pair[0]))
+    return [start for _, start in sorted(found, key=lambda pair: pair[0])]
+
+
+def _space(task: Task, candidate: Candidate, skipped: int = 0, late: float = 0.0) -> Space:
+    """Around the solver on its grid, or on a longer one without nodes after the first."""
+    steps = candidate.steps(task.calls)
+    assert steps is not None  # it has a table
+    t = candidate.grid(task.sde, steps + skipped, task.end).t
+    grid = Grid.of(task.sde, torch.cat([t[:1], t[1 + skipped :]]))
+    return Space(task.sde, candidate.solver, grid, moves=False, free=False, late=late)
+
+
 class Attempt(NamedTuple):
     """A fit: the configuration that it comes from, and its best parameters."""
 
@@ -151,12 +188,12 @@ class Search:
     fits: list[Attempt] = field(default_factory=list)
     ends: list[Attempt] = field(default_factory=list)
 
-    def run(self, chosen: Ranked) -> None:
-        """From these configurations."""
+    def run(self, chosen: list[Start]) -> None:
+        """From these."""
         self.ends = self.fits
         scouts = sorted(self._scouted(chosen), key=self.rank)[:AGREED]
         forms = [scout.best.form for scout in scouts]
-        self.used = self.sets.mattering(forms if len(forms) > 1 else [*forms, natural(chosen[0][1])])
+        self.used = self.sets.mattering(forms if len(forms) > 1 else [*forms, chosen[0].form])
         self.ends = list(scouts)
         for scout in sorted(scouts, key=self.rank):
             again = Attempt(scout.candidate, Best(scout.best.space, scout.best.parameters))
@@ -184,10 +221,10 @@ class Search:
     def _errors(self, distances: Tensor) -> Errors:
         return Errors.of(distances, self.sets.flip, self.used.judge.weight)
 
-    def _scouted(self, chosen: Ranked) -> list[Attempt]:
+    def _scouted(self, chosen: list[Start]) -> list[Attempt]:
         """The last stages' fits, each on noises of its own, so that none is judged by those that another was
         lucky on."""
-        forms = [natural(table) for _, table in chosen]
+        forms = [start.form for start in chosen]
         train, judge = (
             partial(noises.drawn, importance([noises.distances(form) for form in forms], self.sets.flip))
             for noises in (self.used.train, self.used.judge)
@@ -202,10 +239,10 @@ class Search:
             self._fit(attempt, few, judge(_number(n, JUDGED), number), limit)
             return best
 
-        for k, (candidate, _) in enumerate(chosen):
+        for k, start in enumerate(chosen):
             now = time.perf_counter()
             limit = now + (scouted - now) / (len(chosen) - k)
-            _in_stages(self.task, candidate, limit, partial(fit, candidate))
+            _in_stages(self.task, start, limit, partial(fit, start.candidate))
             ends.append(self.fits[-1])
         return ends
 
@@ -220,23 +257,13 @@ def _number(n: int, part: tuple[float, int], enough: float = 0.0) -> int:
     return min(n, math.ceil(max(share * n, least, enough)))
 
 
-def _in_stages(task: Task, candidate: Candidate, until: float, fit: Callable[..., Best]) -> None:
+def _in_stages(task: Task, start: Start, until: float, fit: Callable[..., Best]) -> None:
     """Fit what may change, each stage from the best times of the one before."""
-    space, parameters = _begun(task, candidate), torch.zeros(0, dtype=torch.float64)
+    space, parameters = start.space, torch.zeros(0, dtype=torch.float64)
     for k, (moves, free) in enumerate(task.stages, 1):
         space, now = space.retimed(parameters, moves=moves, free=free), time.perf_counter()
         limit = until if k == len(task.stages) else now + EARLY * (until - now)
         parameters = fit(Best(space, torch.zeros(len(space), dtype=torch.float64)), limit=limit).parameters
-
-
-def _begun(task: Task, candidate: Candidate) -> Space:
-    """Around the solver on its grid, or on one with a longer first step where times move."""
-    steps, moves = candidate.steps(task.calls), task.stages[0][0]
-    assert steps is not None  # it has a table
-    late, skipped = (LATE, SKIPPED) if moves else (0.0, 0)
-    t = candidate.grid(task.sde, steps + skipped, task.end).t
-    grid = Grid.of(task.sde, torch.cat([t[:1], t[1 + skipped :]]))
-    return Space(task.sde, candidate.solver, grid, moves=False, free=False, late=late)
 
 
 def more_flips(before: Tensor, after: Tensor, flip: float) -> float:
