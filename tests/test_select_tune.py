@@ -6,6 +6,7 @@ import importlib
 import math
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -892,12 +893,27 @@ def test_slow_references_leave_time_for_fixed_configurations(monkeypatch, unchec
 class Known:
     """In place of noises: distances of a form are what `error(form)` says, and forms asked for are kept."""
 
+    weight = None
+
     def __init__(self, error):
         self.error, self.asked = error, []
 
     def distances(self, form):
         self.asked.append(form)
         return torch.full((4,), self.error(form), dtype=F64)
+
+
+def begun(error, solver, calls, what="all", usual=None, until=math.inf):
+    """(The starts of all configurations, the configurations, how many runs that took.)"""
+    usual = {"quadratic": grids.quadratic} if usual is None else usual
+    task = search_module.Task.of(SDE, solver, calls, what, 1.0, 0.01, usual, 1)
+    search, noises = search_module.Search(task, Sets(1.0), None, until, None), Known(error)
+    found = search._starts([(candidate, None) for candidate in task.candidates], noises)
+    return found, task.candidates, len(noises.asked)
+
+
+class Sets(NamedTuple):
+    flip: float
 
 
 @pytest.mark.parametrize(("skipped", "late"), search_module.BEGUN)
@@ -907,30 +923,21 @@ class Known:
 def test_fits_begin_with_a_longer_first_step(solver, calls, steps, skipped, late, unchecked):
     """As many calls as were asked for, on a grid of more nodes without those after the first: whichever is
     best as it stands."""
-    task = search_module.Task.of(SDE, solver, calls, "all", 1.0, 0.01, {"quadratic": grids.quadratic}, 1)
     more = grids.quadratic(SDE, steps + skipped, 0.01).t
     wanted = torch.cat([more[:1], more[1 + skipped :]])
-
-    def error(form):
-        """0 for the one wanted: its times, but for the first, and the first call's."""
-        space = search_module.Space(SDE, solver, Grid.of(SDE, wanted), moves=False, free=False, late=late)
-        own = space.forms(torch.zeros(1, 0, dtype=F64))
-        return (form.times - own.times).abs().max().item()
-
-    noises = Known(error)
-    ranked = [(candidate, None) for candidate in task.candidates]
-    (start,) = search_module.starts(task, ranked, noises, 1.0, math.inf)
+    space = Space(SDE, solver, Grid.of(SDE, wanted), moves=False, free=False, late=late)
+    own = space.forms(torch.zeros(1, 0, dtype=F64))
+    error = lambda form: (form.times - own.times).abs().max().item()  # noqa: E731
+    (start,), _, runs = begun(error, solver, calls)
     assert torch.equal(start.space.grid.t, wanted) and start.space.late == late
-    assert error(start.form) == 0 and len(noises.asked) == len(search_module.BEGUN)
-    assert start.form.keep.shape == (1, len(natural(solver.tableau(SDE, start.space.grid)).keep[0]))
+    assert error(start.form) == 0 and runs == len(search_module.BEGUN)
+    assert start.form.keep.shape == own.keep.shape
 
 
 def test_fits_begin_on_the_grid_where_its_times_stay(unchecked):
     usual = {"quadratic": grids.quadratic, "uniform": grids.uniform}
-    task = search_module.Task.of(SDE, solvers.unipc(2), 5, "coefficients", 1.0, 0.01, usual, 1)
-    ranked = [(candidate, None) for candidate in task.candidates]
-    found = search_module.starts(task, ranked, None, 1.0, 0.0)
-    assert [start.candidate for start in found] == task.candidates
+    found, candidates, runs = begun(None, solvers.unipc(2), 5, "coefficients", usual, 0.0)
+    assert [start.candidate for start in found] == candidates and runs == 0
     for start, make in zip(found, usual.values(), strict=True):
         assert torch.equal(start.space.grid.t, make(SDE, 5, 0.01).t) and start.space.late == 0
 
@@ -938,15 +945,14 @@ def test_fits_begin_on_the_grid_where_its_times_stay(unchecked):
 def test_fits_begin_from_what_is_best_as_it_stands(unchecked):
     """Best first, as far as there is time, at least from one; of each solver before the next best ones."""
     usual = {f"power {p}": partial(grids.power, exponent=p) for p in (1.5, 2, 3)}
-    task = search_module.Task.of(SDE, [solvers.unipc(2), solvers.unipc(3)], 5, "grid", 1.0, 0.01, usual, 1)
-    ranked = [(candidate, None) for candidate in task.candidates]
-    noises = Known(lambda form: (form.times[0, 3] - 0.16).abs().item())
-    found = search_module.starts(task, ranked, noises, 1.0, math.inf)
-    errors = [noises.error(start.form) for start in found]
+    two = [solvers.unipc(2), solvers.unipc(3)]
+    error = lambda form: (form.times[0, 3] - 0.16).abs().item()  # noqa: E731
+    found, candidates, _ = begun(error, two, 5, "grid", usual)
+    errors = [error(start.form) for start in found]
     assert len(found) == 6 and errors == sorted(errors) and errors[0] < errors[-1]
-    (first,) = search_module.starts(task, ranked, noises, 1.0, 0.0)
-    assert first.candidate == task.candidates[0]
-    spread = tune_module._spread(found, 6)
+    (first,), _, _ = begun(error, two, 5, "grid", usual, 0.0)
+    assert first.candidate == candidates[0]
+    spread = search_module._spread(found, 6)
     assert spread[0] is found[0] and repr(spread[0].candidate.solver) != repr(spread[1].candidate.solver)
     assert spread[2:] == [start for start in found if start not in spread[:2]]
 

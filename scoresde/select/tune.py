@@ -26,12 +26,12 @@ from .references import USUAL
 from .tuning_fit import Best, Errors
 from .tuning_form import natural
 from .tuning_runs import Meter, Noises, distance
-from .tuning_search import AGREED, RANKED, Ranked, Search, Sets, Start, Task, more_flips, starts, whole
+from .tuning_search import AGREED, RANKED, Ranked, Search, Sets, Task, more_flips, whole
 
 # The usual grids come first, for there may not be time for all.
 USUAL_FIRST = {name: GRIDS[name] for name in ("quadratic", "karras(rho=7)")} | GRIDS
 SCREENED, SHORTLIST = 64, 16  # noises that every configuration runs on; how many run on RANKED
-SCREENING, BEGINNING = 0.3, 0.1  # of the time that is left: to rank all, and to find where fits begin
+SCREENING = 0.3  # of the time after references
 
 
 @dataclass(frozen=True)
@@ -276,10 +276,8 @@ def _tuned(task: Task, sets: Sets, started: float, progress: bool) -> Tuned:
         search = Search(
             task, sets, first, started + task.seconds - runs * (time.perf_counter() - before), tell
         )
-        now = time.perf_counter()
-        few, limit = first.train.first(SCREENED), now + BEGINNING * (search.until - now)
         try:
-            search.run(_spread(starts(task, ranked, few, sets.flip, limit), task.starts))
+            search.run(ranked)
             status = "finished" if all(fit.best.done for fit in search.fits) else "out of time"
         except KeyboardInterrupt:
             status = "interrupted"
@@ -317,13 +315,6 @@ def _ranked(task: Task, sets: Sets, until: float) -> tuple[Ranked, int]:
     short = [entry[1:] for entry in sorted(tried, key=lambda entry: entry[0])[:SHORTLIST]]
     ranks = [Errors.of(more.distances(natural(table)), sets.flip).rank for _, table in short]
     return [short[k] for k in sorted(range(len(short)), key=ranks.__getitem__)], len(tried)
-
-
-def _spread(found: list[Start], number: int) -> list[Start]:
-    """The best of each solver, then the next best ones."""
-    firsts = {repr(start.candidate.solver): k for k, start in reversed(list(enumerate(found)))}
-    order = sorted(range(len(found)), key=lambda k: (k not in firsts.values(), k))
-    return [found[k] for k in order[:number]]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ AGREED = 3  # the best scouts, whose differences tell which noises matter, and w
 # out, and with such a `late` of `Space`: the first call is not lost on t_max then, and a first step may be
 # longer.
 BEGUN = (1, 0.7), (1, 0.9), (2, 0.7), (2, 0.9)
+BEGINNING = 0.1  # of the time that ranking left, at most: to find where fits begin
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
@@ -128,6 +129,8 @@ class Sets(NamedTuple):
 
 
 Ranked = list[tuple[Candidate, Tableau]]
+Draw = Callable[..., Noises]  # so many of them, from another place for another number
+Chosen = TypeVar("Chosen", bound=tuple[Candidate, Any])
 
 
 class Start(NamedTuple):
@@ -142,21 +145,6 @@ class Start(NamedTuple):
         return self.space.forms(torch.zeros(1, len(self.space), dtype=torch.float64))
 
 
-def starts(task: Task, ranked: Ranked, noises: Noises, flip: float, until: float) -> list[Start]:
-    """Where fits from these configurations begin, one for each: as it is or, where times move, what is best
-    on these noises of those that `BEGUN` names, best first; as far as there is time."""
-    if not task.stages[0][0]:
-        return [Start(candidate, _space(task, candidate)) for candidate, _ in ranked]
-    found: list[tuple[float, Start]] = []
-    for candidate, _ in ranked:
-        if found and time.perf_counter() > until:
-            break
-        each = [Start(candidate, _space(task, candidate, *begun)) for begun in BEGUN]
-        ranks = [Errors.of(noises.distances(start.form), flip).rank for start in each]
-        found.append(min(zip(ranks, each, strict=True), key=lambda pair: pair[0]))
-    return [start for _, start in sorted(found, key=lambda pair: pair[0])]
-
-
 def _space(task: Task, candidate: Candidate, skipped: int = 0, late: float = 0.0) -> Space:
     """Around the solver on its grid, or on a longer one without nodes after the first."""
     steps = candidate.steps(task.calls)
@@ -164,6 +152,13 @@ def _space(task: Task, candidate: Candidate, skipped: int = 0, late: float = 0.0
     t = candidate.grid(task.sde, steps + skipped, task.end).t
     grid = Grid.of(task.sde, torch.cat([t[:1], t[1 + skipped :]]))
     return Space(task.sde, candidate.solver, grid, moves=False, free=False, late=late)
+
+
+def _spread(listed: list[Chosen], number: int) -> list[Chosen]:
+    """The best configuration of each solver, then the next best ones."""
+    firsts = {repr(entry[0].solver): k for k, entry in reversed(list(enumerate(listed)))}
+    order = sorted(range(len(listed)), key=lambda k: (k not in firsts.values(), k))
+    return [listed[k] for k in order[:number]]
 
 
 class Attempt(NamedTuple):
@@ -188,12 +183,19 @@ class Search:
     fits: list[Attempt] = field(default_factory=list)
     ends: list[Attempt] = field(default_factory=list)
 
-    def run(self, chosen: list[Start]) -> None:
-        """From these."""
+    def run(self, ranked: Ranked) -> None:
+        """From these configurations, the best first."""
         self.ends = self.fits
-        scouts = sorted(self._scouted(chosen), key=self.rank)[:AGREED]
+        forms = [natural(table) for _, table in _spread(ranked, AGREED)]
+        train, judge = (
+            partial(noises.drawn, importance([noises.distances(form) for form in forms], self.sets.flip))
+            for noises in (self.used.train, self.used.judge)
+        )
+        found = self._starts(ranked, train(_number(len(self.used.train), SCOUTS)))
+        scouts = self._scouted(_spread(found, self.task.starts), train, judge)
+        scouts = sorted(scouts, key=self.rank)[:AGREED]
         forms = [scout.best.form for scout in scouts]
-        self.used = self.sets.mattering(forms if len(forms) > 1 else [*forms, chosen[0].form])
+        self.used = self.sets.mattering(forms if len(forms) > 1 else [*forms, natural(ranked[0][1])])
         self.ends = list(scouts)
         for scout in sorted(scouts, key=self.rank):
             again = Attempt(scout.candidate, Best(scout.best.space, scout.best.parameters))
@@ -221,14 +223,26 @@ class Search:
     def _errors(self, distances: Tensor) -> Errors:
         return Errors.of(distances, self.sets.flip, self.used.judge.weight)
 
-    def _scouted(self, chosen: list[Start]) -> list[Attempt]:
+    def _starts(self, ranked: Ranked, noises: Noises) -> list[Start]:
+        """Where fits from these configurations begin, one for each: as it is or, where times move, what is
+        best on these noises of those that `BEGUN` names, best first; as far as there is time."""
+        if not self.task.stages[0][0]:
+            return [Start(candidate, _space(self.task, candidate)) for candidate, _ in ranked]
+        found: list[tuple[float, Start]] = []
+        now = time.perf_counter()
+        for candidate, _ in ranked:
+            if found and time.perf_counter() > now + BEGINNING * (self.until - now):
+                break
+            each = [Start(candidate, _space(self.task, candidate, *begun)) for begun in BEGUN]
+            ranks = [
+                Errors.of(noises.distances(start.form), self.sets.flip, noises.weight).rank for start in each
+            ]
+            found.append(min(zip(ranks, each, strict=True), key=lambda pair: pair[0]))
+        return [start for _, start in sorted(found, key=lambda pair: pair[0])]
+
+    def _scouted(self, chosen: list[Start], train: Draw, judge: Draw) -> list[Attempt]:
         """The last stages' fits, each on noises of its own, so that none is judged by those that another was
         lucky on."""
-        forms = [start.form for start in chosen]
-        train, judge = (
-            partial(noises.drawn, importance([noises.distances(form) for form in forms], self.sets.flip))
-            for noises in (self.used.train, self.used.judge)
-        )
         n, ends, now = len(self.used.train), [], time.perf_counter()
         scouted = now + SCOUTING * (self.until - now)
 
