@@ -350,8 +350,12 @@ def ratio(side: dict[str, Any] | None, other: dict[str, Any] | None) -> float | 
     there is none."""
     if side is None or other is None or (at_floor(side) and at_floor(other)):
         return None
-    mine, public = (max(s["error"], s.get("floor", 0.0)) for s in (side, other))
-    return mine / public
+    return told(side) / told(other)
+
+
+def told(side: dict[str, Any]) -> float:
+    """The error, at least its floor."""
+    return max(side["error"], side.get("floor", 0.0))
 
 
 def mean_ratio(boards: list[dict[str, Any]], side: str = "default") -> float:
@@ -409,6 +413,8 @@ def _cell(side: dict[str, Any] | None) -> str:
         return "-"
     if "flips" in side:
         return f"{side['error']:.2e} ({100 * side['flips']:.1f} %, {side['median']:.1e})"
+    if at_floor(side):
+        return f"< {side['floor']:.1e}"
     return f"{side['error']:.2e}" + (f" (floor {side['floor']:.1e})" if side["floor"] else "")
 
 
@@ -429,24 +435,26 @@ def picture(boards: list[dict[str, Any]], path: Path, label: str) -> None:
     for axis, result in zip(axes[0], boards, strict=True):
         rows = result["rows"]
         calls = [row["calls"] for row in rows]
+        floors = [row["ours"].get("floor", 0.0) for row in rows]
         for side in ("theirs", "ours"):
             for on_grids in result["all"][side].values():
                 for errors in on_grids.values():
-                    known = [math.nan if e is None else e for e in errors]
+                    known = [
+                        math.nan if e is None else max(e, f) for e, f in zip(errors, floors, strict=True)
+                    ]
                     axis.plot(calls, known, color=colors[side], lw=0.5, alpha=0.06)
         for side, style in (("theirs", "o-"), ("ours", "o-"), ("default", "--")):
             known = [row for row in rows if side in row]
             axis.plot(
                 [row["calls"] for row in known],
-                [row[side]["error"] for row in known],
+                [told(row[side]) for row in known],
                 style,
                 color=colors[side],
                 lw=1.5 if side == "default" else 2.4,
                 ms=5,
                 label=names[side],
             )
-        best = [row[side]["error"] for row in rows for side in names if side in row]
-        floors = [row["ours"].get("floor", 0.0) for row in rows]
+        best = [told(row[side]) for row in rows for side in names if side in row]
         if any(floors):
             axis.plot(calls, floors, ":", color="gray", lw=1.5, label="what samples can tell")
         axis.set(xscale="log", yscale="log", ylim=(0.5 * min([*best, *filter(None, floors)]), 6 * max(best)))

@@ -64,7 +64,8 @@ def test_one_report_of_everything(parts, tmp_path, monkeypatch, capsys):
 
 def test_every_benchmark_that_is_there_is_known():
     folder = Path(main.__file__).parent
-    helpers = {"__init__", "__main__", "peers", "problems", "digits_checkpoint", "hostile", "bad_inputs"}
+    helpers = {"__init__", "__main__", "peers", "problems", "coupled", "digits_checkpoint"}
+    helpers |= {"hostile", "bad_inputs"}
     alone = {"damage", "mutation", "sweep", "sde_default"}  # of the tests, of a release, of a default: long
     there = {path.stem for path in folder.glob("*.py")} - helpers - alone
     assert there <= {part.title for part in main.PARTS}
