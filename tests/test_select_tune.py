@@ -741,7 +741,7 @@ def test_a_tuned_table_is_better_on_noises_never_seen(ring):
     found = Noises(model, x, wanted.x, 500).distances(natural(ring.table))
     assert Errors.of(found, ring.report.flip).rms < fixed.rms / 4
     assert missed(ring.table, SDE) <= 1e-12
-    assert ring.report.reference_error < tuned.rms / 10
+    assert ring.report.reference_error < tuned.rms / 5
 
 
 def test_the_table_goes_through_json_and_into_sample(ring):
@@ -848,6 +848,7 @@ def test_without_a_better_table_the_fixed_one_is_returned(monkeypatch, unchecked
         if not isinstance(best.space, Given):
             best.space = Given(best.space.solver.tableau(SDE, best.space.grid))
 
+    monkeypatch.setattr(search_module, "BEGUN", ((0, 0.0),))
     found = scripted(monkeypatch, as_good)
     assert is_fixed(found) and found.report.start is None
     assert found.report.tuned == found.report.untuned
@@ -1039,6 +1040,7 @@ def test_scouts_share_the_time_and_the_best_go_on_from_where_they_are(monkeypatc
         best.done = len(fits) != 1
 
     monkeypatch.setattr(tune_module.time, "perf_counter", lambda: 100.0)
+    monkeypatch.setattr(search_module, "BEGUN", ((1, 0.7),))
     monkeypatch.setattr(Fit, "__call__", fit)
     model = RING.denoiser(SDE)
     found = tune(model, solvers.unipc(2), 4, 12.0, "all", shape=(2,), n=64, starts=3, reference=20)
