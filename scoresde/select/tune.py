@@ -135,11 +135,12 @@ def tune(
     the solver that is `compare`'s reference find. Noises are samples 0, 1, ... of the seed: `wide` n to fit
     on, as many to choose by, and n that are held out. All solvers run on all grids, and where times move the
     best on a few with a longer first step. From the `starts` best of these the table is fitted on some of the
-    first n, by Levenberg-Marquardt with derivatives by back-propagation (see `tuning_fit`). A few samples between two modes are most of an error, and which these
-    are the best tables then tell, by how far apart they end: the last fits are on n noises or fewer that are
-    drawn, by that, from all to fit on, and tables are chosen by such a draw from all to choose by. The best
-    one there is reported on the noises held out beside the best fixed one. Where no table is better there,
-    or it sends significantly more samples to other ends, the fixed one is returned.
+    first n, by Levenberg-Marquardt with derivatives by back-propagation (see `tuning_fit`). A few samples
+    between two modes are most of an error, and which these are the best tables then tell, by how far apart
+    they end: the last fits are on n noises or fewer that are drawn, by that, from all to fit on, and tables
+    are chosen by such a draw from all to choose by. The best one there is reported on the noises held out
+    beside the best fixed one. Where no table is better there, or it sends significantly more samples to other
+    ends, the fixed one is returned.
 
     solver     a deterministic TableSolver, or several
     what       "grid": the times of the nodes and the one that the first call is about (see `tuning_form`),
