@@ -41,6 +41,7 @@ from torch import Tensor
 
 from scoresde import grids, solvers
 from scoresde.laws import Gaussian
+from scoresde.select.coupling import between_groups
 from scoresde.solvers.exponential import er_noise_level
 
 from . import peers, problems
@@ -188,17 +189,11 @@ class Sliced:
         return parts.sort(1).values.flatten(1)
 
     def __call__(self, ordered: Tensor, exact: Tensor) -> Distance:
-        """The mean over pairs of parts of the product of their differences, and its standard error by the
-        jackknife."""
+        """As in `select`'s coupling, of groups that are the parts."""
         off = ordered - exact
         if not bool(off.isfinite().all()):
             return Distance(math.inf)
-        products = off @ off.T / off.shape[1]
-        each = products.sum(1) - products.diag()  # with all other parts
-        n, total = len(off), each.sum()
-        square = total / (n * (n - 1))
-        without = (total - 2 * each) / ((n - 1) * (n - 2))
-        noise = ((n - 1) / n * (without - without.mean()).square().sum()).sqrt()
+        square, noise = between_groups(off[:, None, None])
         root = lambda value: max(value.item(), FLOOR**2) ** 0.5  # noqa: E731
         return Distance(root(square), root(3 * noise), root(square + noise))
 

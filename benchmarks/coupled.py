@@ -14,6 +14,9 @@ so that A follows from one run on unit vectors of noise. The solution is that of
 level, in many steps within each of the sampler's. Their normals are xi = eta + u (z - <u, eta>) with fresh
 eta: independent and standard for every unit vector u, and with u_j^2 in proportion to exp(2 A_{j+1}) -
 exp(2 A_j) their sum over the step is the sampler's normal z.
+
+`scoresde.select.coupling` does this for tables, many at once and on one Brownian motion; public samplers are
+no tables, and are followed at the level of each of their steps.
 """
 
 from __future__ import annotations

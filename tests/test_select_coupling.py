@@ -191,7 +191,7 @@ def test_distance_and_error_between_groups_by_hand():
     groups = list(apart[:, 0])
     whole = mean_product(groups)
     without = [mean_product(groups[:i] + groups[i + 1 :]) for i in range(5)]
-    found = coupling._between_groups(apart)
+    found = coupling.between_groups(apart)
     assert float(found.squares) == pytest.approx(whole, rel=1e-12)
     jackknife = math.sqrt(4 / 5 * sum((w - whole) ** 2 for w in without))
     assert float(found.errors) == pytest.approx(jackknife, rel=1e-12)

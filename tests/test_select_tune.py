@@ -723,7 +723,7 @@ def ring():
     from jaxtyping import config
 
     config.update("jaxtyping_disable", True)
-    options = {"shape": (2,), "n": 128, "starts": 1, "reference": 60}
+    options = {"shape": (2,), "n": 128, "starts": 1, "reference": 90}
     made = tune(RING.denoiser(SDE), solvers.unipc(2), 4, 60.0, "all", **options)
     config.update("jaxtyping_disable", False)
     return made
@@ -741,7 +741,7 @@ def test_a_tuned_table_is_better_on_noises_never_seen(ring):
     found = Noises(model, x, wanted.x, 500).distances(natural(ring.table))
     assert Errors.of(found, ring.report.flip).rms < fixed.rms / 4
     assert missed(ring.table, SDE) <= 1e-12
-    assert ring.report.reference_error < tuned.rms / 5
+    assert ring.report.reference_error < tuned.rms / 10
 
 
 def test_the_table_goes_through_json_and_into_sample(ring):

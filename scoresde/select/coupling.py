@@ -84,7 +84,7 @@ def law_distances(
             found.append((quantiles(x) - wanted[clock.level.to(x.device)]).float())
         return torch.cat(found)
 
-    return _between_groups(torch.stack([apart() for _ in range(GROUPS)]))
+    return between_groups(torch.stack([apart() for _ in range(GROUPS)]))
 
 
 class Fine(NamedTuple):
@@ -200,7 +200,7 @@ def increments(
         W = torch.where(goes_on, met, W)
 
 
-def _between_groups(apart: Float[Tensor, "g t n r"]) -> Distances:
+def between_groups(apart: Float[Tensor, "g t n r"]) -> Distances:
     """The mean product of the differences of two groups, which are independent; and the jackknife's standard
     error over groups."""
     g, flat = len(apart), apart.flatten(2).transpose(0, 1)
