@@ -41,6 +41,7 @@ AGREED = 3  # the best scouts, whose differences tell which noises matter, and w
 # longer.
 BEGUN = (1, 0.7), (1, 0.9), (2, 0.7), (2, 0.9)
 BEGINNING = 0.1  # of the time that ranking left, at most: to find where fits begin
+HALVING = 0.5  # of the time that is left then they go on together, before the best of them has the rest
 EARLY = 0.25  # share of a fit's time for a stage that another one follows
 SUSPECT = 0.05  # p-value of having more flips on the noises tables are chosen on
 
@@ -170,8 +171,8 @@ class Attempt(NamedTuple):
 
 @dataclass(eq=False)
 class Search:
-    """Fits from every start on a few noises, for where a fit ends depends on where it starts, and from the
-    best ends, one after the other as far as there is time, on those noises that matter. `used` are the sets
+    """Fits from every start on a few noises, for where a fit ends depends on where it starts; from the best
+    ends on those noises that matter, and from the best of these with what time is left. `used` are the sets
     that tables are chosen by so far, `fits` all fits, each from before it begins, `ends` those to choose
     from."""
 
@@ -197,10 +198,12 @@ class Search:
         forms = [scout.best.form for scout in scouts]
         self.used = self.sets.mattering(forms if len(forms) > 1 else [*forms, natural(ranked[0][1])])
         self.ends = list(scouts)
-        for scout in sorted(scouts, key=self.rank):
-            again = Attempt(scout.candidate, Best(scout.best.space, scout.best.parameters))
-            self.ends.append(again)
-            self._fit(again, self.used.train, self.used.judge, self.until)
+        now = time.perf_counter()
+        for k, scout in enumerate(sorted(scouts, key=self.rank), 1):
+            self._again(scout, now + HALVING * (self.until - now) * k / len(scouts))
+        for end in sorted(self.ends[len(scouts) :], key=lambda end: end.best.errors.rank):
+            if not end.best.done:
+                self._again(end, self.until)
 
     def rank(self, end: Attempt) -> float:
         """On the noises that tables are chosen by."""
@@ -259,6 +262,12 @@ class Search:
             _in_stages(self.task, start, limit, partial(fit, start.candidate))
             ends.append(self.fits[-1])
         return ends
+
+    def _again(self, end: Attempt, until: float) -> None:
+        """From there, on those noises that matter."""
+        again = Attempt(end.candidate, Best(end.best.space, end.best.parameters))
+        self.ends.append(again)
+        self._fit(again, self.used.train, self.used.judge, until)
 
     def _fit(self, attempt: Attempt, train: Noises, judge: Noises, until: float) -> None:
         self.fits.append(attempt)
