@@ -935,6 +935,18 @@ def test_fits_begin_with_a_longer_first_step(solver, calls, steps, skipped, late
     assert start.form.keep.shape == own.keep.shape
 
 
+def refusing(sde, steps, end=None):
+    if steps != 5:
+        raise ValueError(f"expected 5 steps, found {steps}")
+    return grids.quadratic(sde, 5, end)
+
+
+@pytest.mark.parametrize("make", [refusing, lambda sde, steps, end=None: grids.quadratic(sde, 5, end)])
+def test_grids_of_one_length_are_where_fits_begin(make, unchecked):
+    (start,), _, _ = begun(lambda form: 0.0, solvers.unipc(2), 5, usual={"own": make})
+    assert torch.equal(start.space.grid.t, grids.quadratic(SDE, 5, 0.01).t) and start.space.late == 0
+
+
 def test_fits_begin_on_the_grid_where_its_times_stay(unchecked):
     usual = {"quadratic": grids.quadratic, "uniform": grids.uniform}
     found, candidates, runs = begun(None, solvers.unipc(2), 5, "coefficients", usual, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -146,13 +146,27 @@ class Start(NamedTuple):
         return self.space.forms(torch.zeros(1, len(self.space), dtype=torch.float64))
 
 
-def _space(task: Task, candidate: Candidate, skipped: int = 0, late: float = 0.0) -> Space:
-    """Around the solver on its grid, or on a longer one without nodes after the first."""
+def _own(task: Task, candidate: Candidate) -> Start:
+    """The solver on its grid."""
     steps = candidate.steps(task.calls)
     assert steps is not None  # it has a table
-    t = candidate.grid(task.sde, steps + skipped, task.end).t
-    grid = Grid.of(task.sde, torch.cat([t[:1], t[1 + skipped :]]))
-    return Space(task.sde, candidate.solver, grid, moves=False, free=False, late=late)
+    grid = candidate.grid(task.sde, steps, task.end)
+    return Start(candidate, Space(task.sde, candidate.solver, grid, moves=False, free=False))
+
+
+def _begun(task: Task, candidate: Candidate) -> list[Start]:
+    """The solver on longer grids without nodes after the first, or on its own if that is the only one."""
+    own, found = _own(task, candidate), []
+    for skipped, late in BEGUN:
+        steps = len(own.space.grid) + skipped
+        try:
+            t = candidate.grid(task.sde, steps, task.end).t
+        except ValueError:  # it has no so many steps
+            continue
+        if len(t) == steps + 1:
+            grid = Grid.of(task.sde, torch.cat([t[:1], t[1 + skipped :]]))
+            found.append(Start(candidate, replace(own.space, grid=grid, late=late)))
+    return found or [own]
 
 
 def _spread(listed: list[Chosen], number: int) -> list[Chosen]:
@@ -230,13 +244,13 @@ class Search:
         """Where fits from these configurations begin, one for each: as it is or, where times move, what is
         best on these noises of those that `BEGUN` names, best first; as far as there is time."""
         if not self.task.stages[0][0]:
-            return [Start(candidate, _space(self.task, candidate)) for candidate, _ in ranked]
+            return [_own(self.task, candidate) for candidate, _ in ranked]
         found: list[tuple[float, Start]] = []
         now = time.perf_counter()
         for candidate, _ in ranked:
             if found and time.perf_counter() > now + BEGINNING * (self.until - now):
                 break
-            each = [Start(candidate, _space(self.task, candidate, *begun)) for begun in BEGUN]
+            each = _begun(self.task, candidate)
             ranks = [
                 Errors.of(noises.distances(start.form), self.sets.flip, noises.weight).rank for start in each
             ]
