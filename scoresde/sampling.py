@@ -59,10 +59,7 @@ def sample(
     shape = _checked_shape(shape)
     device = _checked_device(model.device if device is None else device)
     dtype = torch.promote_types(model.dtype, torch.float32) if dtype is None else dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"expected a state in float32 or float64, found {dtype!r}; the network may have any dtype"
-        )
+    _check_dtype(dtype)
     times = make_grid(model.sde, grid, steps, end)
     _check_prior(model.sde, float(times.t[0]))
     noise = Noise.of(seed, ids, batch=shape[0], device=device, dtype=dtype)
@@ -152,6 +149,11 @@ def make_grid(
     """The grid that `sample` uses."""
     if isinstance(grid, Grid | Tensor):
         given = Grid.of(sde, grid)
+        if float(given.t[0]) < float(given.t[-1]):
+            raise ValueError(
+                "expected a grid from noise to data, found a reversed one: give it as it was, `encode` "
+                "itself goes backwards"
+            )
         if end is not None and float(given.t[-1]) != float(end):
             raise ValueError(
                 f"expected a grid that ends at end={end}, found one that ends at {given.t[-1].item()}; give "
@@ -207,8 +209,16 @@ def _check_state(x: Any) -> None:
         raise TypeError(f"expected a tensor of shape (batch, ...), found {x!r}")
     if not x.is_floating_point():
         raise TypeError(f"expected a floating state, found {x.dtype}; scale integer images to floats first")
+    _check_dtype(x.dtype)
     if x.ndim < 2:
         raise ValueError(f"expected a state of shape (batch, ...), found {tuple(x.shape)}")
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"expected a state in float32 or float64, found {dtype!r}; the network may have any dtype"
+        )
 
 
 def _checked_device(device: torch.device | str) -> torch.device:

@@ -238,7 +238,9 @@ def test_the_label_is_the_class_that_is_drawn(tmp_path: Path, unchecked: None):
         assert judge.accuracy(torch.as_tensor(np.load(out)), torch.full((10,), label)) >= 0.7
 
 
-def test_a_network_for_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_network_for_vectors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     from scoresde import Denoiser
 
     path, out = tmp_path / "mlp.safetensors", tmp_path / "x.npy"
@@ -247,7 +249,11 @@ def test_a_network_for_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["sample", str(path), "--n", "5", "--shape", "3", "--out", str(out)]) == 0
     assert np.load(out).shape == (5, 3)
     picture = str(tmp_path / "x.png")
-    assert "write an .npy file" in failing(capsys, "sample", str(path), "--shape", "3", "--out", picture)
+    with monkeypatch.context() as patched:
+        patched.setattr(Denoiser, "forward", None)  # it is said before the model is called
+        patched.setattr(Denoiser, "rows", None)
+        said = failing(capsys, "sample", str(path), "--shape", "3", "--out", picture)
+    assert "expected images (n, c, h, w) for a picture, found (64, 3): give --out samples.npy" in said
     assert "without classes" in failing(
         capsys, "sample", str(path), "--shape", "3", "--label", "1", "--out", str(out)
     )
@@ -360,6 +366,8 @@ def test_tune_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str], unc
         (["quickstart", "--resume", "--out", "nowhere"], "leave out --resume"),
         (["train", "--steps", "0"], "steps"),
         (["sample", str(CHECKPOINT), "--grid", "carré"], "expected a grid"),
+        (["sample", str(CHECKPOINT), "--grid", "karras(rho='a')"], "karras(rho='a'): "),
+        (["sample", str(CHECKPOINT), "--grid", "ddpm"], "expected a VP-SDE made by VPSDE.from_betas"),
         (["compare", "missing.safetensors"], "missing.safetensors"),
         (["compare", str(CHECKPOINT), "--calls", "5;10"], 'as in "5,10,20"'),
         (["compare", str(CHECKPOINT), "--calls", "0"], "numbers of network calls"),

@@ -665,7 +665,12 @@ def test_encode_and_decode() -> None:
     assert seen == [0, 1, 2] * 2
     net = Denoiser(Pixelwise(), VP, "data").double()
     shift = torch.full((2, 2), 0.25, dtype=torch.float64)
+    backwards = make_grid(VP, grids.log_snr, 3, None).reversed()
     for turn in (encode, decode):
+        with pytest.raises(ValueError, match="from noise to data, found a reversed one"):
+            turn(model, x, solvers.ddim(), grid=backwards)
+        with pytest.raises(TypeError, match=r"float32 or float64, found torch.float16"):
+            turn(model, x.half(), solvers.ddim(), steps=3)
         plain, moved = (turn(net, x, solvers.ddim(), steps=3, condition=c) for c in (None, {"shift": shift}))
         assert not torch.allclose(plain.x, moved.x)
 

@@ -26,8 +26,10 @@ from scoresde import (
     grids,
     metrics,
     sample,
+    schedules,
     solvers,
 )
+from scoresde.denoiser import BaseDenoiser
 from scoresde.laws import Gaussian, Mixture
 from scoresde.networks import MLP
 from scoresde.noise import Noise
@@ -345,11 +347,34 @@ def test_a_failing_run_does_not_end_it():
         ({"data": torch.zeros(99, 2), "n": 19}, ValueError, "n of at least 20"),
         ({"budget": Budget(calls=100)}, ValueError, "more than the reference's 150 network calls"),
         ({"batch": 0}, ValueError, "a batch of at least one"),
+        ({"shape": 2}, ValueError, "the shape of one sample, such as"),
+        ({"shape": (0,)}, ValueError, "the shape of one sample, such as"),
+        ({"data": torch.zeros(99, 3)}, ValueError, r"samples of shape \(2,\), found \(3,\)"),
+        ({"data": [[0.0, 0.0]] * 99}, TypeError, "a tensor .* as data, found list"),
+        ({"budget": "60"}, TypeError, "seconds or Budget.* as budget, found '60'"),
+        ({"budget": math.nan}, TypeError, "seconds or Budget.* as budget, found nan"),
+        ({"reference": solvers.ddpm()}, ValueError, r"a deterministic reference, found ddpm\(\)"),
+        ({"reference": solvers.adaptive_sde()}, ValueError, "a deterministic reference"),
+        (
+            {"reference": Candidate(solvers.ddpm(), grids.uniform, "uniform")},
+            ValueError,
+            "a deterministic ref",
+        ),
+        ({"metric": lambda x, y: 0.0}, ValueError, r"distances of shape \(64,\)"),
     ],
 )
 def test_what_cannot_be_compared(unchecked, options, error, message):
+    """Which is said before the model is called."""
+
+    class Untouched(BaseDenoiser):
+        sde, device, dtype = SDE, torch.device("cpu"), torch.float32
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            raise AssertionError("called")
+
+    usual = {"solvers": [solvers.ddim()], "calls": (5,), "shape": (2,), "n": 64}
     with pytest.raises(error, match=message):
-        run(**{"solvers": [solvers.ddim()], "calls": (5,), **options})
+        compare(Untouched(), **{**usual, **options})
     with pytest.raises(TypeError, match="expected a denoiser as model"):
         compare(MLP(2, 8, 1), shape=(2,))
 
@@ -384,9 +409,76 @@ def test_budgets_leave_out_the_dearest(unchecked):
     assert found.about.calls == 240 + 4 * 5 + 2 * 10
     assert [row.budget for row in found.rows] == [5] * 4 + [10] * 2
     assert len(found.left_out) == 6 and "beyond 280 network calls" in found.left_out[0].why
-    none = run([solvers.ddim()], SOME, (5,), budget=1e-9)
-    assert not none.rows and "beyond 1e-09 seconds" in none.left_out[0].why
-    assert "Left out" in str(none)
+    with pytest.raises(ValueError, match="the 150 calls of the reference fit into, found its seconds spent"):
+        run([solvers.ddim()], SOME, (5,), budget=1e-9)
+
+
+def test_a_budget_of_no_seconds_finds_what_is_kept(tmp_path: Path):
+    """Also its reference. What is not there is left out, and after a pause it is not thought to be slow."""
+    network = Counting()
+    again = partial(compare, Denoiser(network, SDE), [solvers.ddim()], SOME, shape=(2,), n=16, cache=tmp_path)
+    again((5,))
+    none = again((5, 10), budget=0)
+    assert [row.budget for row in none.rows] == [5, 5] and none.about.calls == 0
+    assert "beyond 0 seconds" in none.left_out[0].why and "Left out" in str(none)
+    slow = Pause(network)
+    model = Denoiser(slow, SDE)
+    later = partial(compare, model, [solvers.ddim()], SOME, shape=(2,), n=16, cache=tmp_path / "slow")
+    later((5,), budget=60.0)
+    slow.seconds = 0.4  # of the fingerprint
+    found = later((5, 20), budget=20.0)
+    assert not found.left_out and found.about.calls == 2 * 20
+
+
+class Pause(torch.nn.Module):
+    """The first calls take a while."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.seconds, self.calls = inner, 0.0, 0
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        self.calls = self.calls + 1 if self.seconds else 0
+        time.sleep(self.seconds if self.calls <= 4 else 0.0)
+        return self.inner(x, label)
+
+
+def test_the_cache_tells_guidance_apart(tmp_path: Path):
+    """That differs between the times of the fingerprint, or there is no telling by the output at all."""
+
+    class At(BaseDenoiser):
+        def __init__(self, low: float, high: float, shown: str) -> None:
+            super().__init__()
+            self.sde, self.range, self.shown = SDE, (low, high), shown
+
+        def extra_repr(self) -> str:
+            return self.shown
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            t = torch.as_tensor(t, dtype=x.dtype)
+            inside = (self.range[0] <= t) & (t < self.range[1])
+            return torch.where(inside.view(-1, *[1] * (x.ndim - 1)), 0.5 * x, 0.1 * x)
+
+    def calls(*model: object) -> int:
+        return compare(At(*model), solvers.ddim(), SOME, (5,), shape=(2,), n=8, cache=tmp_path).about.calls
+
+    assert calls(0.3, 0.5, "") == 160 and calls(0.3, 0.5, "") == 0
+    assert calls(0.3, 0.4, "") == 160  # the fingerprint once saw t = 0.36 and 0.68 only
+    assert calls(0.5, 0.501, "") == 160 and calls(0.5, 0.501, "f at 0x7f01") == 160
+    assert calls(0.5, 0.501, "f at 0x7f02") == 0  # another process' address
+
+
+def test_other_states_of_a_learned_schedule_have_other_tables():
+    sde = VPSDE(schedule=schedules.Learned())
+    candidate = Candidate(solvers.dpmpp(2), grids.uniform, "uniform")
+    before = candidate.table(sde, 5)
+    with torch.no_grad():
+        for parameter in sde.schedule.parameters():
+            parameter.add_(0.5)
+    after = candidate.table(sde, 5)
+    assert not torch.allclose(before.mix, after.mix, rtol=1e-3)
+    assert torch.equal(after.mix, solvers.dpmpp(2).tableau(sde, grids.uniform(sde, 5)).mix)
+    assert candidate.table(SDE, 5) is candidate.table(SDE, 5)
 
 
 def test_the_cache_makes_nothing_twice(tmp_path: Path):
@@ -438,7 +530,7 @@ def test_the_cache_knows_conditions(tmp_path: Path):
 def test_seconds_are_foreseen(monkeypatch: pytest.MonkeyPatch):
     """After 100 calls in 10 s, 30 calls in two parts take 6 s more."""
     run = Runner(MODEL, (10, 2), 0, 1e-3, None, 5)
-    run.calls = 100
+    run.calls, run.seconds = 100, 10.0
     job = Job(Label("s", "g", 30), How(solvers.ddim(), torch.ones(2), ""), 30, None, False)
     monkeypatch.setattr(time, "perf_counter", lambda: 110.0)
     assert _too_dear(job, run, Budget(seconds=15.9), 100.0) == "beyond 15.9 seconds"

@@ -323,6 +323,16 @@ def test_guidance_of_scale_one_is_the_component_by_itself():
 # Likelihood
 
 
+def test_how_many_latents_are_far_is_by_their_spread_and_not_the_datas():
+    """Here 80: an error of 0.02 of it is none to speak of."""
+    law = Mixture([0.5, 0.5], [[0.0, 0.0], [4.0, 4.0]], 1.0)
+    few, enough = (
+        recommend(EDM(0.002, 80.0), law, calls, "encode", candidates=pool()[::40]) for calls in (3, 12)
+    )
+    assert "10.2 % of the samples end far from the exact solution: more calls help" in few.why
+    assert 1 < enough.best.error < 2 and "end far" not in enough.why
+
+
 def test_a_likelihood_takes_the_calls_and_has_the_error_that_is_said(monkeypatch):
     few = dict(list(GRIDS.items())[::8])
     monkeypatch.setattr(MODULE, "GRIDS", few)
@@ -503,6 +513,13 @@ def test_images_and_their_laws():
         (ValueError, "finite number", {"guidance": math.nan}),
         (ValueError, "at least 8 calls", {"need": "likelihood", "calls": 7}),
         (ValueError, "orders and grids of its own", {"need": "likelihood", "candidates": FEW}),
+        (TypeError, "expected candidates such as", {"candidates": []}),
+        (TypeError, r"expected candidates such as .* found \[dpmpp", {"candidates": [solvers.dpmpp(2)]}),
+        (
+            ValueError,
+            "coefficients are finite; found 5 calls and end=0",
+            {"need": "encode", "end": 0.0, "calls": 5},
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(kind, words, how, unchecked):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import grids, solvers
 from ..sampling import GridFunction
+from ..sde import LinearSDE
 from ..select import STOCHASTIC_GRIDS
 from ..solvers import Solver
 from ..tableau import Tableau
@@ -43,7 +44,17 @@ def parse_grid(text: str) -> GridFunction:
     """The grid of select.STOCHASTIC_GRIDS, where all grids of the pools are, or the function of
     scoresde.grids with options, that a text names; nothing is evaluated. Raises ValueError for anything else.
     """
-    return STOCHASTIC_GRIDS[text] if text in STOCHASTIC_GRIDS else grids.parse(text)
+    if text in STOCHASTIC_GRIDS:
+        return STOCHASTIC_GRIDS[text]
+    named = grids.parse(text)
+
+    def spaced(sde: LinearSDE, steps: int, end: float | None = None) -> grids.Grid:
+        try:
+            return named(sde, steps, end)
+        except TypeError as error:  # an option of another type, or a grid of other processes
+            raise ValueError(f"{text}: {str(error).splitlines()[0]}") from error
+
+    return spaced
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -51,9 +51,12 @@ def sample(
     denoiser = checkpoint.load(model, device=device_named(device))
     condition = condition_of(description, n, label, denoiser.device)
     spacing = table_grid if grid is None else parse_grid(grid)
+    size = (n, *shape_of(description, shape))
+    if out.suffix == ".png" and len(size) != 4:
+        raise ValueError(f"expected images (n, c, h, w) for a picture, found {size}: give --out samples.npy")
     result = draw(
         denoiser,
-        (n, *shape_of(description, shape)),
+        size,
         chosen,
         steps=steps,
         grid=spacing,
@@ -79,10 +82,6 @@ def write_samples(out: Path, x: Tensor) -> None:
 
         np.save(out, x.cpu().numpy())
         return
-    if x.ndim != 4:
-        raise ValueError(
-            f"expected images (n, c, h, w) for a picture, found shape {tuple(x.shape)}; write an .npy file"
-        )
     columns = min(16, len(x))
     plots.save(
         plots.image_rows({str(i): x[i : i + columns] for i in range(0, len(x), columns)}, columns=columns),

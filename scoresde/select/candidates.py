@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from .. import grids, solvers
 from ..grids import Grid
 from ..sde import LinearSDE
@@ -68,17 +70,18 @@ class Candidate(NamedTuple):
     def table(
         self, sde: LinearSDE, calls: int, end: float | None = None, *, backwards: bool = False
     ) -> Tableau | None:
-        """The table of as many steps as `calls` network calls allow, remembered for this sde; `backwards`,
-        from data to noise. None if there is none: the calls do not pay for a step, or the sde ends where the
-        solver has no finite coefficients.
+        """The table of as many steps as `calls` network calls allow, remembered for this sde unless its
+        schedule learns; `backwards`, from data to noise. None if there is none: the calls do not pay for a
+        step, or the sde ends where the solver has no finite coefficients.
 
         Raises ValueError for an end that the sde does not have.
         """
         steps = self.steps(calls)
-        return None if steps is None else _table(self, sde, steps, end, backwards)
+        learns = isinstance(getattr(sde, "schedule", None), nn.Module)
+        made = _table if learns else _remembered_table
+        return None if steps is None else made(self, sde, steps, end, backwards)
 
 
-@lru_cache(REMEMBERED)
 def _table(
     candidate: Candidate, sde: LinearSDE, steps: int, end: float | None, backwards: bool
 ) -> Tableau | None:
@@ -88,6 +91,9 @@ def _table(
         return candidate.solver.tableau(sde, grid.reversed() if backwards else grid)
     except ValueError:  # nodes that coincide, or an infinite rate at an end without signal or without noise
         return None
+
+
+_remembered_table = lru_cache(REMEMBERED)(_table)
 
 
 def solver_name(solver: Any) -> str:

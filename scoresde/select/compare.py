@@ -25,7 +25,7 @@ from .comparison import About, Comparison, LeftOut
 from .jobs import Entry, Job, listed, named
 from .measures import FLIP, GROUPS, Distance, Label, Laws, Paired, Record, rms_distance
 from .references import Solution, planned, solution
-from .runs import Runner, Store, digest
+from .runs import Runner, Store, digest, sample_shape
 
 USUAL_GRIDS = (
     "uniform",
@@ -122,10 +122,11 @@ def compare(
                mean square, `metrics.energy_distance`
     condition  passed on to the model as keywords; tensors of n entries belong to the samples
     end        last time of all grids; `sde.default_end` if None
-    budget     seconds, or Budget(seconds, calls): what does not fit is left out, the dearest first
+    budget     seconds, or Budget(seconds, calls): what does not fit is left out, the dearest first; the
+               reference must fit
     cache      a folder: every run is kept there as soon as it is done, and not made again. A run is known by
                its coefficients and grid, the noises, the metric's value on noise, and the model, which is
-               known by its outputs on four noises at four times
+               known by how it prints and by its outputs on four noises, at four times each
     progress   a bar, one tick a network call
     dtype      of the state, as in `sample`
     flip       default: 0.4 standard deviations of the reference; with a metric of one's own: none
@@ -133,10 +134,12 @@ def compare(
     Intervals (95 %) are of the samples' randomness: the bootstrap's percentiles, the same resamples for all
     runs; with data, the delete-a-group jackknife in 10 blocks of samples (Student's t). Seconds are those of
     one run without the making of its table. Ctrl-C ends it with what is done; again with the same cache it
-    goes on. Raises ValueError or TypeError for arguments that do not fit, before the first network call.
+    goes on. Raises ValueError or TypeError for arguments that do not fit, before the first network call, and
+    ValueError where the reference does not fit into the budget.
     """
     started = time.perf_counter()
-    numbers, size = _checked(model, calls, n, data), (n, *shape)
+    size = (n, *sample_shape(shape))
+    numbers = _checked(model, calls, size, data)
     if data is not None and (reference is not None or flip is not None):
         raise ValueError("expected a reference (and flip), or data to compare with; found both: give one")
     spacing.uniform(model.sde, 1, end)  # says what is wrong with the end
@@ -153,7 +156,7 @@ def compare(
             f"expected deterministic solvers, found {', '.join(noisy[:4])}: samples with noise of their own "
             "have no reference from the same noise; give data=... for a distance between laws"
         )
-    limit = Budget(float(budget)) if isinstance(budget, int | float) else budget or Budget()
+    limit = _limit(budget)
     given = dict(condition or {})
     run = Runner(model.given(**given), size, seed, last, dtype, n if batch is None else batch)
     store = None if cache is None else Store(Path(cache))
@@ -163,7 +166,10 @@ def compare(
         if data is not None:
             measure, about = _laws(data, metric or energy_distance, n)
         else:
-            known = solution(plan, run, limit.calls, store, identity, tick)
+            probe = run.noise(size, 1)
+            Paired(probe, metric or rms_distance, flip)(probe)  # says what is wrong with the metric
+            until = started + limit.seconds
+            known = solution(plan, run, limit.calls, until, store, identity, tick)
             measure, about = _paired(known, plan.name, metric, flip)
         # Reference and metric are known by what the measure makes of noise.
         key = "" if store is None else digest(identity, measure(run.noise(size, 1)))
@@ -177,13 +183,25 @@ def compare(
     return Comparison(rows, About(**setting, **about, **spent, **place), (*unfit, *missed))
 
 
-def _checked(model: Any, calls: Any, n: Any, data: Tensor | None) -> list[int]:
+def _limit(budget: Budget | float | None) -> Budget:
+    if budget is None or isinstance(budget, Budget):
+        return budget or Budget()
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or math.isnan(budget):
+        raise TypeError(f"expected seconds or Budget(seconds, calls) as budget, found {budget!r}")
+    return Budget(float(budget))
+
+
+def _checked(model: Any, calls: Any, size: tuple[Any, ...], data: Tensor | None) -> list[int]:
     """The numbers of calls, ascending."""
     if not isinstance(model, BaseDenoiser):
         raise TypeError(f"expected a denoiser as model, such as Denoiser(network, sde), found {model!r}")
-    least = 2 if data is None else 2 * GROUPS
+    n, least = size[0], 2 if data is None else 2 * GROUPS
     if isinstance(n, bool) or not isinstance(n, int) or n < least:
         raise ValueError(f"expected n of at least {least} samples, found {n!r}")
+    if data is not None and not isinstance(data, Tensor):
+        raise TypeError(f"expected a tensor (m, ...) as data, found {type(data).__name__}")
+    if data is not None and data.shape[1:] != size[1:]:
+        raise ValueError(f"expected data of samples of shape {size[1:]}, found {tuple(data.shape[1:])}")
     numbers = sorted(set(calls)) if isinstance(calls, Iterable) else []
     if not numbers or any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in numbers):
         raise ValueError(f"expected numbers of network calls, such as (5, 10, 20), found {calls!r}")
@@ -231,7 +249,7 @@ def _too_dear(job: Job, run: Runner, limit: Budget, started: float) -> str | Non
     calls, spent = job.calls * run.parts, time.perf_counter() - started
     if run.calls + calls > limit.calls:
         return f"beyond {limit.calls:g} network calls"
-    if spent + calls * (spent / max(run.calls, 1)) > limit.seconds:
+    if spent + calls * (run.seconds / max(run.calls, 1)) > limit.seconds:
         return f"beyond {limit.seconds:g} seconds"
     return None
 

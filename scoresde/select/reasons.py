@@ -33,13 +33,15 @@ def why(problem: Problem, errors: list[tuple[Entry, float]], exact: Exact | None
     else:
         _, variances, axes = axes_of(problem.law)
         tried = trial(problem, [best], exact, problem.noises, encode)
-        flipped = tried.each[0] > FLIP * float(problem.law.variance.mean().sqrt())
+        spread = float((exact.wanted - exact.wanted.mean(0)).square().mean().sqrt())
+        flipped = tried.each[0] > FLIP * spread
         kept = tried.errors[0][~flipped]
         told.append(_where((kept if axes is None else kept @ axes).square().mean(0), variances))
         if bool(flipped.any()):
+            where = "" if encode else ", most of them in another mode"
             told.append(
                 f"{100 * float(flipped.double().mean()):.1f} % of the samples end far from the exact "
-                "solution, most of them in another mode: more calls help."
+                f"solution{where}: more calls help."
             )
     return " ".join(filter(None, told))
 

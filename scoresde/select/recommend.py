@@ -79,11 +79,19 @@ def recommend(
         raise ValueError(f"expected a whole number of noises >= 2, found {noises!r}")
     if need not in NEEDS:
         raise ValueError(f"expected a need among {sorted(NEEDS)}, found {need!r}")
+    if candidates is not None and not (candidates and all(isinstance(c, Candidate) for c in candidates)):
+        raise TypeError(
+            "expected candidates such as Candidate(solvers.dpmpp(2), grids.karras, 'karras'), found "
+            f"{list(candidates)}"
+        )
     law = _surrogate(data, surrogate, guidance)
     problem = Problem(sde, end, law, noises, seed, _guidance(guidance, need, law))
     found = NEEDS[need](problem, calls, candidates)
     if not found.ranking:
-        raise ValueError(f"expected calls that pay for a step of some candidate, found {calls}")
+        raise ValueError(
+            "expected calls that pay for a step of some candidate, and an end where its coefficients are "
+            f"finite; found {calls} calls and end={problem.last:g} for {need!r}"
+        )
     return Recommendation(
         sde, calls, need, end, seed, found.ranking, found.why, law, time.perf_counter() - started
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from .. import grids, solvers
 from ..sde import LinearSDE
 from ..solvers.base import Solver
 from .candidates import GRIDS, Candidate, solver_name
-from .jobs import GUESS, of_solver, of_table
+from .jobs import GUESS, Job, of_solver, of_table
 from .measures import Label
 from .runs import How, Runner, Store, digest
 
@@ -46,7 +47,7 @@ def planned(
     given: Solver | Candidate | Tensor | None, numbers: Sequence[int], sde: LinearSDE, end: float
 ) -> Reference:
     """With four times the most of `numbers`, and at least LEAST calls. Raises TypeError for what is no
-    reference."""
+    reference, ValueError for one with noise of its own."""
     calls = max(LEAST, 4 * max(numbers))
     check = _of_candidate(USUAL, calls // 2, sde, end)
     both = calls + calls // 2
@@ -59,10 +60,10 @@ def planned(
         raise TypeError(f"expected a solver, a Candidate or the solution as reference, found {given!r}")
     name = solver_name(given)
     if given.steps_for(1000) == 1:  # its steps follow a tolerance
-        how = of_solver(Label(name, "", None), given, grids.uniform(sde, 1, end), GUESS).how
+        how = _still(of_solver(Label(name, "", None), given, grids.uniform(sde, 1, end), GUESS))
         return Reference(how, check, name, both)
     nodes = USUAL.grid(sde, given.steps_for(calls), end)
-    how = of_solver(Label(name, USUAL.grid_name, calls), given, nodes, calls).how
+    how = _still(of_solver(Label(name, USUAL.grid_name, calls), given, nodes, calls))
     return Reference(how, check, f"{name} on {USUAL.grid_name}, {calls} calls", both)
 
 
@@ -72,19 +73,26 @@ def _of_candidate(candidate: Candidate, calls: int, sde: LinearSDE, end: float) 
         raise ValueError(
             f"expected a reference with a table of {calls} calls, found none of {candidate.name}"
         )
-    return of_table(Label(candidate.name, "", calls), table, end).how
+    return _still(of_table(Label(candidate.name, "", calls), table, end))
+
+
+def _still(job: Job) -> How:
+    if job.stochastic:
+        raise ValueError(f"expected a deterministic reference, found {job.label.solver}: its ends are random")
+    return job.how
 
 
 def solution(
     plan: Reference,
     run: Runner,
     most_calls: float,
+    until: float,
     store: Store | None,
     identity: str,
     tick: Callable[[int], Any],
 ) -> Solution:
-    """The samples, from the store if it has them. Raises ValueError if they cost more than `most_calls`, or
-    a given one has another shape."""
+    """The samples, from the store if it has them. Raises ValueError if they cost more than `most_calls` or
+    are not there at the time `until` (of `perf_counter`), or a given one has another shape."""
     how = plan.how
     if isinstance(how, Tensor) and how.shape != run.shape:
         raise ValueError(f"expected a reference of shape {run.shape}, found {tuple(how.shape)}")
@@ -96,8 +104,17 @@ def solution(
                 f"expected a budget of more than the reference's {plan.calls * run.parts} network calls, "
                 f"found {most_calls:g}"
             )
-        check = run(plan.check, tick).x
-        kept = {"x": run(how, tick).x if isinstance(how, How) else how, "check": check}
+
+        def timed(calls: int) -> None:
+            tick(calls)
+            if time.perf_counter() > until:
+                raise ValueError(
+                    f"expected a budget that the {plan.calls * run.parts} calls of the reference fit into, "
+                    "found its seconds spent before: give more, a smaller n, or another reference"
+                )
+
+        check = run(plan.check, timed).x
+        kept = {"x": run(how, timed).x if isinstance(how, How) else how, "check": check}
         if store is not None:
             store.put_tensors(key, kept)
     else:

@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ from ..grids import Grid
 from ..sampling import sample
 from ..solvers.base import Samples, Solver, evaluating
 
+ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]+")  # of a function without a name of its own
+
 
 class How(NamedTuple):
     """What samples depend on besides the model and the noise: a solver and its grid, or the ends of it; `key`
@@ -31,6 +35,15 @@ class How(NamedTuple):
     solver: Solver
     grid: Grid | Tensor
     key: str
+
+
+def sample_shape(shape: Any) -> tuple[int, ...]:
+    """The shape of one sample, as a tuple. Raises ValueError for what is none."""
+    sizes = tuple(shape) if isinstance(shape, Iterable) else ()
+    whole = all(isinstance(k, Integral) and not isinstance(k, bool) for k in sizes)
+    if not sizes or not whole or min(map(int, sizes)) < 1:
+        raise ValueError(f"expected the shape of one sample, such as (3, 32, 32), found {shape!r}")
+    return tuple(map(int, sizes))
 
 
 class Cost(NamedTuple):
@@ -43,7 +56,7 @@ class Cost(NamedTuple):
 
 class Runner:
     """Draws samples of `shape` (n, ...) from a model, always from the same noises, `batch` at a time; `calls`
-    counts the calls made so far."""
+    and `seconds` count what was spent so far."""
 
     def __init__(
         self,
@@ -58,7 +71,7 @@ class Runner:
             raise ValueError(f"expected a batch of at least one sample, found {batch}")
         self.model, self.shape, self.seed, self.end = model, shape, seed, end
         self.dtype, self.batch = dtype, batch
-        self.calls = 0
+        self.calls, self.seconds = 0, 0.0
 
     @property
     def parts(self) -> int:
@@ -66,7 +79,7 @@ class Runner:
 
     def __call__(self, how: How, tick: Callable[[int], Any] | None = None) -> Samples:
         """All samples; `network_calls` those of a batch, `seconds` of all. tick: told of every call."""
-        n, parts = self.shape[0], []
+        n, parts, started = self.shape[0], [], time.perf_counter()
         for first in range(0, n, self.batch):
             rows = range(first, min(first + self.batch, n))
             parts.append(
@@ -82,6 +95,7 @@ class Runner:
                 )
             )
             self.calls += parts[-1].network_calls
+        self.seconds += time.perf_counter() - started
         return replace(
             parts[0],
             x=torch.cat([part.x for part in parts]),
@@ -114,14 +128,15 @@ class Runner:
         return x.to(self.model.device, torch.promote_types(self.model.dtype, torch.float32))
 
     def identity(self, condition: Mapping[str, Any]) -> str:
-        """A hash of the noises, the condition, and what the model makes of four noises at four times.
+        """A hash of the noises, the condition, how the model prints, and what it makes of four noises, each
+        at four times of its own: guidance, say, may differ at some times only.
 
         On one thread, for the last bits of a network depend on their number.
         """
         model, n = self.model, self.shape[0]
         some = min(4, n)
         x = self.noise((some, *self.shape[1:]), 0)
-        span = torch.linspace(0, 0.97, 4, dtype=torch.float64)
+        span = torch.linspace(0, 0.97, 4 * some, dtype=torch.float64).view(4, some)
         times = model.sde.t_max + span * (self.end - model.sde.t_max)
         narrow, threads = model.narrowed(slice(0, some), n), torch.get_num_threads()
         torch.set_num_threads(1)
@@ -131,7 +146,8 @@ class Runner:
         finally:
             torch.set_num_threads(threads)
         noises = self.shape, self.seed, self.end, self.dtype, self.batch, model.device
-        return digest(*noises, model.sde, *outputs, *condition, *condition.values())
+        printed = ADDRESS.sub("", repr(model))
+        return digest(*noises, model.sde, printed, *outputs, *condition, *condition.values())
 
 
 def digest(*things: Any) -> str:

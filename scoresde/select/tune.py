@@ -23,6 +23,7 @@ from ..tableau import Tableau
 from .candidates import GRIDS
 from .measures import FLIP
 from .references import USUAL
+from .runs import sample_shape
 from .tuning_fit import Best, Errors
 from .tuning_form import natural
 from .tuning_runs import Meter, Noises, distance
@@ -49,7 +50,8 @@ class Report:
     tried            fixed configurations that were run
     iterations       of the fits that were kept or not
     n, seed          noises held out, and the seed of all; None where errors are exact
-    status           "finished" | "out of time" | "interrupted"
+    status           "finished": no fit ended by its share of the time, so that the same call would find the
+                     same again | "out of time" | "interrupted"
     history          (fitted on, chosen on): root mean squares after every iteration of every fit
     """
 
@@ -169,6 +171,11 @@ def tune(
         raise TypeError(f"expected a denoiser such as Denoiser(network, sde) as model, found {model!r}")
     task = Task.of(model.sde, solver, calls, what, seconds, end, grids, starts)
     whole(n=n, wide=wide, reference=reference, batch=n if batch is None else batch)
+    if n < 2:
+        raise ValueError(f"expected n of at least 2 noises, found {n}")
+    if flip is not None and not flip > 0:
+        raise ValueError(f"expected flip > 0, found {flip!r}")
+    shape = sample_shape(shape)
     batch = max(n, 2**15 // max(math.prod(shape), 1)) if batch is None else batch
     total = (2 * wide + 1) * n
     if start is None:
@@ -179,6 +186,7 @@ def tune(
         raise ValueError(f"expected start of shape {(total, *shape)}, found {tuple(start.shape)}")
     with torch.no_grad(), evaluating(model):
         sets = _sampled(model.given(**(condition or {})), start, n, seed, end, reference, batch, flip)
+        sets.train.first(8).check_derivatives()
         return _tuned(task, sets, started, progress)
 
 

@@ -124,7 +124,9 @@ class Space:
         change = torch.zeros_like(form.weights)
         change[:, below] = weights
         unit = self._own.weights.abs().amax(2, keepdim=True)
-        made = completed(self.sde, form.times, form.weights + unit * change, shift, stretch)
+        # Where the state is first is where the grid begins, whatever the solver asks there.
+        places = torch.cat([self.grid.t[:1].expand(len(asked), 1), form.times[:, 1:]], 1)
+        made = completed(self.sde, places, form.weights + unit * change, shift, stretch)
         return made._replace(times=asked)
 
     def jacobian(self, parameters: Tensor) -> Tensor:

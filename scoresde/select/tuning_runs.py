@@ -11,10 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import grids
 from ..denoiser import BaseDenoiser, checked
 from .tuning_form import Form, flat
 
 GOLDEN = (5**0.5 - 1) / 2
+# Derivatives and differences agree to such a share of the larger, and what is less than so much is nothing;
+# not asked of networks that round more than that.
+AGREEING, FLAT, COARSE, DIRECTIONS = 0.1, 1e-3, 1e-4, 8
+REMEDY = "take the model out of torch.no_grad() and .detach() for `tune`"
 
 
 @dataclass
@@ -107,8 +112,6 @@ class Noises:
         the graph of one call on one batch is held."""
         states, outputs, rows = trace.states, trace.outputs, form.keep.shape[1]
         keep, weights = form.keep[0].to(self.start), form.weights[0].to(self.start)
-        # A network in float32 rounds as such when the states are float64.
-        rounding = max(torch.finfo(dtype).eps for dtype in (self.start.dtype, self.model.dtype))
         by = Form(*(along.new_zeros(*along.shape[:2], *part.shape[1:]) for part in form))
         later = along.new_zeros(rows + 1, *along.shape)  # derivatives by the states
         later[rows] = along
@@ -119,7 +122,7 @@ class Noises:
             by_output = torch.einsum("r,r...->...", weights[k:, k], later[k + 1 :])
             # By a difference: most models are faster with one time for all, whose derivative is one for all.
             # The derivative by the state is taken there too, without a call of its own: off by about as much.
-            width = rounding**0.5 * form.times[0, k]
+            width = self._rounding**0.5 * form.times[0, k]
             before = form.times[0, k] - width
             if k == 0:  # the first state is given
                 beside = self._denoised(states[k], before)
@@ -128,6 +131,41 @@ class Noises:
                 later[k] = keep[k] * later[k + 1] + by_state
             by.times[..., k] = _dots(by_output, (outputs[k] - beside) / width.to(self.start))
         return flat(by)
+
+    @torch.no_grad()
+    def check_derivatives(self) -> None:
+        """RuntimeError if derivatives by the state are not what differences say: where a network is hidden
+        from autograd there is still the graph of what it is multiplied with and added to.
+
+        For random signs s and g the gradient of <s, D(x, t)>, in the middle of the process, the slope of
+        <s, D> less <g, e> along random directions e is normal of variance |error of g|^2/dimension."""
+        rounding = self._rounding
+        if rounding > COARSE:
+            return
+        sde = self.model.sde
+        t = grids.log_snr(sde, 2).t[1]
+        x = self.start * ((sde.alpha(t) ** 2 + sde.sigma(t) ** 2).sqrt() / sde.prior_std).to(self.start)
+        generator = torch.Generator().manual_seed(0)
+        signs = (2 * torch.randint(2, x.shape, generator=generator) - 1).to(x)
+        gradient, width = self._through(x, t, signs[None])[1][0], rounding ** (1 / 3) * x.norm()
+        lacking, slopes = [], []
+        for _ in range(DIRECTIONS):
+            e = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+            step = width * e / e.norm()
+            ahead, behind = self._denoised(x + step, t), self._denoised(x - step, t)
+            slopes.append((signs * (ahead - behind)).sum() / (2 * width) * x.numel() ** 0.5)
+            lacking.append(slopes[-1] - (gradient * e).sum() / e.norm() * x.numel() ** 0.5)
+        error, size = (torch.stack(found).square().mean().sqrt() for found in (lacking, slopes))
+        if bool(error > AGREEING * torch.maximum(gradient.norm(), size) + FLAT * signs.norm()):
+            raise RuntimeError(
+                "expected a model that can be differentiated by its state, found derivatives that "
+                f"differences contradict (by {float(error):.2g} of {float(size):.2g}): " + REMEDY
+            )
+
+    @property
+    def _rounding(self) -> float:
+        """A network in float32 rounds as such when the states are float64."""
+        return max(torch.finfo(dtype).eps for dtype in (self.start.dtype, self.model.dtype))
 
     def _through(self, x: Tensor, t: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
         """D(x, t), and derivatives of <along, D(x, t)> by x (C, n, ...)."""
@@ -159,8 +197,8 @@ def _gradients(model: BaseDenoiser, output: Tensor, state: Tensor, t: Tensor, al
         return torch.stack([torch.autograd.grad(output, state, a, retain_graph=True)[0] for a in along])
     if bool((model(1.01 * state, t) != output).any()):
         raise RuntimeError(
-            "expected a model that can be differentiated by its state, found an output without a graph: take "
-            "the model out of torch.no_grad() and .detach() for `tune`"
+            "expected a model that can be differentiated by its state, found an output without a graph: "
+            + REMEDY
         )
     return torch.zeros_like(along)
 

@@ -82,6 +82,10 @@ class Task(NamedTuple):
                 raise TypeError(f"expected solvers that are tables, such as solvers.unipc(3), found {one!r}")
             if one.card.stochastic:
                 raise ValueError(f"expected deterministic solvers, found {one}: its ends are random")
+        if not isinstance(grids, Mapping):
+            raise TypeError(
+                f"expected a mapping from names to functions such as grids.karras, found {grids!r}"
+            )
         if not listed or not grids:
             raise ValueError(f"expected at least one solver and one grid, found {listed} and {list(grids)}")
         candidates = [Candidate(one, grid, name) for name, grid in grids.items() for one in listed]
