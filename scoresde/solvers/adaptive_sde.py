@@ -22,6 +22,7 @@ from .base import Callback, Card, Samples, evaluating
 SHARE = 0.1  # of the tolerance for one step: the errors of the steps add up
 START = 0.1  # first step in lam
 GROWTH = 2.0
+LONGEST = 1.0  # in lam: the error of a longer step can miss all that is in the data
 ORDER = 1.5  # D moves like the square root of the step, and is weighted by the step
 
 
@@ -29,7 +30,8 @@ ORDER = 1.5  # D moves like the square root of the step, and is weighted by the 
 class SDEState(State):
     """s = lam; the last output D (n, ...); and what rejected steps have shown of the path W, on the clock
     c = e^(2 lam): `ahead` (n, P), the places lam where it is known, nearest first, then inf; and the
-    `increments` (n, P, ...) of W from each place to the next, the first from where the sample is."""
+    `increments` (n, P, ...) of W from each place to the next, the first from where the sample is, in units of
+    e^lam there: all within `LONGEST` of it, they are neither too small nor too large for any dtype."""
 
     output: Tensor
     ahead: Tensor
@@ -40,13 +42,11 @@ class SDEState(State):
         h, ahead = torch.full_like(lam, START), torch.full_like(lam, math.inf)[:, None]
         return cls(t, lam, x, h, finite(output), output, ahead, torch.zeros_like(x)[:, None])
 
-    def bridge(self, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(W(c_s) - W(c), (c_s - c)^(1/2)) at a place s not beyond the next known one, from the normals z."""
+    def bridge(self, s: Tensor, z: Tensor) -> Tensor:
+        """e^-lam (W(c_s) - W(c)) at a place s not beyond the next known one, from the normals z."""
         step = torch.expm1(2 * (s - self.s))  # in units of c
         part = (step / torch.expm1(2 * (self.ahead[:, 0] - self.s))).clamp(max=1)
-        std = self.s.exp() * (step * (1 - part)).sqrt()
-        increment = like(part, z) * self.increments[:, 0] + like(std, z) * z
-        return increment, self.s.exp() * step.sqrt()
+        return like(part, z) * self.increments[:, 0] + like((step * (1 - part)).sqrt(), z) * z
 
     def remember(self, s: Tensor, increment: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
         """`ahead, increments` after a step to s: s is listed, and struck off if the sample went there."""
@@ -58,6 +58,8 @@ class SDEState(State):
         increments = per_sample(known, torch.cat([self.increments, zero], 1), split)
         ahead = per_sample(accepted, torch.cat([ahead[:, 1:], none], 1), ahead)
         increments = per_sample(accepted, torch.cat([increments[:, 1:], zero], 1), increments)
+        unit = torch.where(accepted, (self.s - s).exp(), 1)
+        increments = like(unit, increments) * increments
         width = max(1, int((ahead < math.inf).sum(1).max()))
         return ahead[:, :width], increments[:, :width]
 
@@ -129,14 +131,16 @@ class AdaptiveSDE:
         sde, x = ledger.model.sde, state.x
         goal = 0.5 * sde.log_snr(end)
         s = torch.minimum(state.target(goal), state.ahead[:, 0])
-        t = torch.where(s == goal, end, alone(lambda lam: sde.time(2 * lam), s))
+        # Where signal is rare, times are too dense for float64, and may round to beyond the start.
+        t = torch.minimum(alone(lambda lam: sde.time(2 * lam), s), state.t)
+        t = torch.where(s == goal, end, t)
         running = Noise(noise.seed, noise.ids[ledger.active], x.device, x.dtype, noise.offset)
-        increment, std = state.bridge(s, running(ledger.calls - 1, x.shape))
+        increment = state.bridge(s, running(ledger.calls - 1, x.shape))
         h = s - state.s
         alpha, sigma, fresh = sde.alpha(t), sde.sigma(t), -torch.expm1(-2 * h)
         kept = sigma / sde.sigma(state.t) * (-h).exp()
         linear = 1 - fresh / (2 * h)  # int_0^1 of the linear weight of the newer D
-        base = like(kept, x) * x + like(sigma * fresh.sqrt() / std, x) * increment
+        base = like(kept, x) * x + like(sigma * (-h).exp(), x) * increment
         predicted = base + like(alpha * fresh, x) * state.output
         output = ledger.evaluate(DATA, predicted, t)
         change = like(alpha * linear, x) * (output - state.output)
@@ -147,7 +151,7 @@ class AdaptiveSDE:
             torch.where(accepted, t, state.t),
             torch.where(accepted, s, state.s),
             per_sample(accepted, corrected, x),
-            h * factor(error, ORDER, GROWTH),
+            (h * factor(error, ORDER, GROWTH)).clamp(max=LONGEST),
             finite(output),
             per_sample(accepted, output, state.output),
             *state.remember(s, increment, accepted),
@@ -169,6 +173,14 @@ def adaptive_sde(rtol: float = 0.05, atol: float = 0.025, *, max_calls: int = 20
 
     max_calls  of the network. A sample that has not arrived by then, whose step underflows, or whose network
                returns NaN or Inf keeps its last state, and `Samples.status` says so
+
+    The first step in lam is 0.1, the next at most twice as long as the one before, none longer than 1: the
+    error cannot tell that nothing is there from having jumped over it. While D is the mean, a step from noise
+    to the end puts x on the mean, where D is the mean again; on N(1, 1) from sigma = 10^4, unlimited steps
+    keep a fifth of the variance. To be blind a step must begin before D shows, at `v e^(2 lam)` below a tenth
+    of rtol, and end where x shows no more, at `e^-lam` below a tenth of atol: 5 in lam for data of variance
+    `v = atol^2`, more for wider ones. The rest is for errors that are small by chance, as in one
+    dimension. A run costs at least `lam_end - lam_start` calls: hundreds where schedules start at -200.
 
     A run to sigma = 0 stops at `sde.default_end` and returns D there. Other tolerances see other paths.
     Samples leave the batch when they are done: conditions given to `sample` are narrowed with it, and a
