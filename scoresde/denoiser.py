@@ -12,7 +12,7 @@ predicted noise at alpha = 0) raises ValueError where the host knows the times.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -178,7 +178,12 @@ class BaseDenoiser(nn.Module):
         return Rows(lambda state, k: self(state, clock[k], **cond), [0.0] * len(times), [1.0] * len(times))
 
     def given(self, **cond: Any) -> BaseDenoiser:
-        """This denoiser with conditions filled in; lists and arrays of numbers become tensors."""
+        """This denoiser with conditions filled in; lists and arrays of numbers become tensors.
+
+        Where samples leave the batch, or run one by one, what has as many entries as the batch belongs to the
+        samples, also inside of mappings and lists: see `some_rows`. Let what they share have another length,
+        such as a batch axis of 1.
+        """
         made = {
             name: torch.as_tensor(value, device=self.device) if _are_numbers(value) else value
             for name, value in cond.items()
@@ -186,7 +191,8 @@ class BaseDenoiser(nn.Module):
         return Conditioned(self, made) if made else self
 
     def narrowed(self, rows: Tensor | slice, batch: int) -> BaseDenoiser:
-        """This denoiser for some rows of a batch: what it holds one entry a sample of is cut to them."""
+        """This denoiser for some rows of a batch: what it holds one entry a sample of is cut to them, as
+        `some_rows` does."""
         return self
 
 
@@ -336,12 +342,30 @@ TIME_INPUTS: dict[str, Callable[[LinearSDE, Tensor], Tensor]] = {
 
 
 def some_rows(value: Any, rows: Tensor | slice, batch: int) -> Any:
-    """What of `value` belongs to some rows of a batch: of tensors with one entry a sample those entries, of
-    what has `narrowed(rows, batch)` its result, and all of anything else.
+    """What of `value` belongs to some rows of a batch. Tensors, arrays, lists and tuples with as many entries
+    as the batch are one entry a sample; of other lists, and of mappings and named tuples, each part is cut by
+    itself; what has `narrowed(rows, batch)` gives its result; all else is shared and stays whole.
     """
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and len(value) == batch else value
-    return value.narrowed(rows, batch) if hasattr(value, "narrowed") else value
+    if hasattr(value, "narrowed"):
+        return value.narrowed(rows, batch)
+    if isinstance(value, Mapping):
+        return {name: some_rows(part, rows, batch) for name, part in value.items()}
+    if isinstance(value, np.ndarray):
+        return value[_numbers(rows, batch)] if value.ndim and len(value) == batch else value
+    if not isinstance(value, list | tuple):
+        return value
+    if hasattr(value, "_fields"):
+        return type(value)(*(some_rows(part, rows, batch) for part in value))
+    if len(value) == batch:
+        return type(value)(value[i] for i in _numbers(rows, batch))
+    return type(value)(some_rows(part, rows, batch) for part in value)
+
+
+def _numbers(rows: Tensor | slice, batch: int) -> list[int]:
+    """The rows as numbers on the host, where lists live."""
+    return torch.arange(batch)[rows if isinstance(rows, slice) else rows.cpu()].tolist()
 
 
 def _are_numbers(value: Any) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -13,6 +15,7 @@ from test_schedules import EPS, f64
 from test_sde import EXAMPLES, GaussianModel, close, marginal, over_sdes
 from torch import nn
 
+from scoresde import likelihood, sample, solvers
 from scoresde.denoiser import (
     DATA,
     FLOW,
@@ -501,6 +504,78 @@ def test_conditions_are_cut_with_the_batch() -> None:
     model.given(label=label, scale=2.0).given(other=other).narrowed(rows, 3)(torch.zeros(2, 1), 0.5)
     cond = model.network.seen[-1][2]
     assert cond["label"].tolist() == [2, 0] and cond["scale"] == 2.0 and cond["other"] is other
+
+
+class Two(NamedTuple):
+    """As many fields as a batch of two has samples."""
+
+    place: torch.Tensor
+    word: str
+
+
+def test_lists_and_parts_of_mappings_are_cut_with_the_batch() -> None:
+    rows, x, half = torch.tensor([2, 0]), torch.arange(6.0).view(3, 2), torch.arange(2)
+    assert some_rows(["a", "b", "c"], rows, 3) == ["c", "a"]
+    assert some_rows(("a", "b", "c"), slice(1, 3), 3) == ("b", "c")
+    assert some_rows(np.array(["a", "b", "c"]), rows, 3).tolist() == ["c", "a"]
+    assert some_rows(["a", "b"], rows, 3) == ["a", "b"] and some_rows("abc", rows, 3) == "abc"
+    assert some_rows(np.array(1.0), rows, 1) == 1.0
+    cut = some_rows({"at": x, "words": ["a", "b", "c"], "in": {"half": half, "n": 3}}, rows, 3)
+    assert cut["at"].tolist() == [[4.0, 5.0], [0.0, 1.0]] and cut["words"] == ["c", "a"]
+    assert cut["in"]["half"] is half and cut["in"]["n"] == 3
+    levels = some_rows([x, half], rows, 3)
+    assert torch.equal(levels[0], x[rows]) and levels[1] is half
+    pair = some_rows(Two(torch.arange(2), "word"), slice(1, 2), 2)
+    assert isinstance(pair, Two) and pair.place.tolist() == [1] and pair.word == "word"
+    assert some_rows([Half()], rows, 3) == [("half", rows, 3)]
+
+
+PLACES = {"here": [1.0, -1.0], "there": [30.0, 4.0], "far": [-0.2, 500.0]}
+
+
+class Worded(BaseDenoiser):
+    """Exact for N(m, 0.3) in two dimensions, m being the word's, moved by a nested condition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sde = VPSDE()
+
+    def forward(self, x, t, words, inside):
+        assert len(words) == len(inside["moves"]) == len(x)
+        mean = torch.tensor([PLACES[word] for word in words]).to(x) + inside["moves"].to(x)
+        alpha, sigma = like(self.sde.alpha(t), x), like(self.sde.sigma(t), x)
+        return mean + alpha * 0.3 / (alpha**2 * 0.3 + sigma**2) * (x - alpha * mean)
+
+
+@pytest.mark.parametrize("container", [list, tuple])
+def test_conditions_of_samples_that_leave_the_batch(container, unchecked) -> None:
+    """A sample has what it has alone, whoever runs beside it."""
+    model, words = Worded(), container(["here", "far", "there"])
+    moves = torch.tensor([[0.0, 0.5], [1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    chosen = (solvers.adaptive_ode(), solvers.adaptive_sde(), solvers.scipy_ode(per_sample=True))
+    for solver in chosen:
+        cond = {"words": words, "inside": {"moves": moves}}
+        whole = sample(model, (3, 2), solver, condition=cond, dtype=torch.float64)
+        assert whole.status == "ok" and whole.evaluations is not None
+        assert len(set(whole.evaluations.tolist())) > 1  # so they leave one after another
+        for i, word in enumerate(words):
+            cond = {"words": [word], "inside": {"moves": moves[i : i + 1]}}
+            alone = sample(model, (1, 2), solver, condition=cond, dtype=torch.float64, ids=[i])
+            assert torch.equal(whole.x[i], alone.x[0])
+
+
+def test_densities_with_conditions_of_samples_that_leave_the_batch() -> None:
+    model, words = Worded(), ["here", "far", "there"]
+    moves = torch.zeros(3, 2)
+    x = torch.tensor([[1.2, -1.0], [-0.2, 500.5], [30.0, 4.9]], dtype=torch.float64)
+    found = likelihood.log_prob(model, x, condition={"words": words, "inside": {"moves": moves}})
+    assert found.status == "ok" and len(set(found.evaluations.tolist())) > 1
+    mean = torch.tensor([PLACES[word] for word in words], dtype=torch.float64)
+    t = model.sde.default_end
+    alpha, variance = model.sde.alpha(t), model.sde.alpha(t) ** 2 * 0.3 + model.sde.sigma(t) ** 2
+    exact = -0.5 * ((x - alpha * mean) ** 2 / variance + (2 * math.pi * variance).log()).sum(1)
+    # corrected, since data at 500 are seen even at t_max
+    torch.testing.assert_close(found.corrected, exact, rtol=0, atol=0.02)
 
 
 def test_conditioned_views_are_those_of_the_model() -> None:

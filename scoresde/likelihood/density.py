@@ -140,7 +140,8 @@ def log_prob(
     max_calls   of the network; samples that have not arrived by then are NaN, and `status` says so
     seed, ids   the probes of sample i are a function of (seed, ids[i]) only, and independent of the noise
                 that `sample` draws with the same seed; ids default to 0..B-1
-    condition   passed on to the model as keywords
+    condition   passed on to the model as keywords; samples leave the batch when they are done, and with them
+                their entries of what has as many as the batch, see `BaseDenoiser.given`
 
     State and density are float64, the network keeps its dtype. Works under no_grad and inference_mode;
     parameters, their gradients and the training flags stay as they were. Any denoiser will do whose output

@@ -280,9 +280,9 @@ def adaptive_ode(
     at         times whose states are wanted besides (dense output), in `Samples.path`
 
     A run to sigma = 0 stops at `sde.default_end` and returns D there. Samples leave the batch when they are
-    done: conditions given to `sample` are narrowed with it, and a network must not remember its batch.
-    Tolerances below the rounding of the state count as that. Raises ValueError for other tolerances, orders
-    and limits.
+    done: conditions given to `sample` are narrowed with it (what has as many entries as the batch belongs to
+    the samples, see `BaseDenoiser.given`), and a network must not remember its batch. Tolerances below the
+    rounding of the state count as that. Raises ValueError for other tolerances, orders and limits.
     """
     if isinstance(order, bool) or order not in range(1, 7):
         raise ValueError(f"expected a highest order in 1..6, found {order!r}")

@@ -199,7 +199,8 @@ def scipy_ode(
     rtol, atol  of the error per step, root mean square over the state. In float32 the network's rounding is
                 about 1e-6 of the state: much smaller tolerances only chase it
     per_sample  False: one state for the batch, as everyone does: a sample then depends on its neighbours, by
-                about the tolerance. True: one run for each sample, one after the other, so that it does not
+                about the tolerance. True: one run for each sample, one after the other, so that it does not;
+                conditions with as many entries as the batch belong to the samples, see `BaseDenoiser.given`
     max_calls   of a run (of each sample if per_sample)
 
     Only the first and the last time of the grid matter. A run to sigma = 0 stops at `sde.default_end` and
