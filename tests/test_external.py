@@ -296,6 +296,27 @@ def test_samples_one_by_one(unchecked):
     )  # the prior is not the marginal of moved data
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [scipy_ode(per_sample=True), torchsde_solver("heun", True, 0.2, 0.2, per_sample=True)],
+    ids=["scipy", "torchsde"],
+)
+def test_samples_one_by_one_whose_outputs_share_a_tensor(solver, unchecked):
+    """A compiled denoiser may write every output where the last one was."""
+
+    class Reusing(Affine):
+        out = torch.empty(1, 1, dtype=F64)
+
+        def forward(self, x, t):
+            return self.out.copy_(super().forward(x, t))
+
+    one, other = (
+        sample(model, (3, 1), solver, steps=4, end=0.0, dtype=F64).x
+        for model in (Affine(gaussian(), EDM()), Reusing(gaussian(), EDM()))
+    )
+    assert torch.equal(one, other) and len(other.unique()) == 3
+
+
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_the_callback_sees_the_dense_output(per_sample):
     law = gaussian()

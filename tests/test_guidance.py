@@ -576,6 +576,37 @@ def test_scale_0_is_unconditional_and_1_conditional(rescale, device, dtype) -> N
                 )
 
 
+class Reusing(nn.Module):
+    """A network that writes every output into one tensor, as one in a CUDA graph does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.out = network, {}
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        fresh = self.network(x, time, **cond)
+        return self.out.setdefault(fresh.shape, torch.empty_like(fresh)).copy_(fresh)
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("network_dtype", [torch.float32, F64], ids=str)
+def test_a_network_may_write_both_outputs_into_one_tensor(network_dtype, doubled, device) -> None:
+    model, _, label = networks_of(network_dtype, device)
+    reusing, condition = Denoiser(Reusing(model.network), VP), {"label": label}
+    for rescale in (0.0, 0.5):
+        found = []
+        for inner in (model, reusing):
+            free = guidance.classifier_free(inner, 3.0, null={"label": -1}, rescale=rescale, doubled=doubled)
+            run = sample(free, (4, 3), solvers.dpmpp(2), steps=5, condition=condition, dtype=F64)
+            found.append((run.x, free(draw(device, F64, 4, 3), 0.4, **condition)))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+    plain = sample(model, (4, 3), solvers.dpmpp(2), steps=5, condition=condition, dtype=F64).x
+    free = guidance.classifier_free(reusing, 3.0, null={"label": -1}, doubled=doubled)
+    guided = sample(free, (4, 3), solvers.dpmpp(2), steps=5, condition=condition, dtype=F64).x
+    assert float((guided - plain).abs().max()) > 0.01
+
+
 def test_one_doubled_batch_or_two_calls(device) -> None:
     model, _, label = networks_of(F64, device)
     x, vector = draw(device, F64, 4, 3), draw(device, F64, 4, 3, seed=2)

@@ -231,6 +231,12 @@ def test_mala_takes_any_log_density():
         model, x, 0.2, step=0.3, steps=5, noise=noise, log_prob=lambda x, t: model.log_prob(x, t) + 5
     )
     torch.testing.assert_close(own.x, given_.x, rtol=0, atol=1e-12)
+    out = torch.empty(6, dtype=F64)  # one tensor for every output, as in a CUDA graph
+
+    def reusing(x, t):
+        return out.copy_(model.log_prob(x, t))
+
+    assert torch.equal(mala(model, x, 0.2, step=0.3, steps=5, noise=noise, log_prob=reusing).x, own.x)
     nowhere = mala(model, x, 0.2, step=0.3, steps=5, noise=noise, log_prob=lambda x, t: x[:, 0] * math.nan)
     assert torch.equal(nowhere.x, x) and float(nowhere.acceptance.max()) == 0
     seen = []

@@ -126,7 +126,9 @@ class ClassifierFree(Guided):
             if strength[k] in (0, 1):
                 return (given if strength[k] else without).evaluate(state, k)
             if twin is None:
-                F_null, F = without.evaluate(state, k), given.evaluate(state, k)
+                # a copy, for a network may write its next output where this one is
+                F_null = checked(without.evaluate(state, k), state).clone()
+                F = given.evaluate(state, k)
             else:
                 F_null, F = twin.evaluate(twice(state), k).chunk(2)
             return torch.lerp(checked(F_null, state), checked(F, state), strength[k])

@@ -169,7 +169,9 @@ class ScipyODE:
             if solver.status == "failed":
                 return ODERun(tensor(y), STUCK, calls.made, dense)
             state = tensor(y)
-            return ODERun(calls(lambda: model(state, stop)) if denoise else state, OK, calls.made, dense)
+            # a copy, for the next sample's output may be written where this one is
+            result = calls(lambda: model(state, stop)).clone() if denoise else state
+            return ODERun(result, OK, calls.made, dense)
         except Halt as halt:
             return ODERun(tensor(y), str(halt), calls.made, dense)
 

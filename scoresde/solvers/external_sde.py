@@ -255,7 +255,8 @@ class TorchSDE:
                 clock = torch.tensor([-first, -stop], dtype=torch.float64)
                 y, _ = _sdeint(sde, y, clock, bm, self.method, dt=first - float(grid.t[1]), **control)
             state = y.reshape(x.shape)
-            return SDERun(calls(lambda: model(state, stop)) if denoise else state, OK, calls.made)
+            # a copy, for the next sample's output may be written where this one is
+            return SDERun(calls(lambda: model(state, stop)).clone() if denoise else state, OK, calls.made)
         except Halt as halt:
             return SDERun(torch.full_like(x, math.nan), str(halt), calls.made)
 

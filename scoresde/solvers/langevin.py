@@ -327,7 +327,8 @@ def mala(
     eps, clock = _checked(model, x, t, step, steps), _clock(t, x)
     watch, accepted = Watch("mala", x), torch.zeros(len(x), dtype=torch.float64, device=x.device)
     with torch.no_grad(), evaluating(model):
-        score, density = model.score(x, clock), log_p(x, clock).double()
+        # copies, for a network may write its next output where this one is
+        score, density = model.score(x, clock).clone(), log_p(x, clock).to(torch.float64, copy=True)
         watch(score, t)
         for k in range(steps):
             z = noise(2 * k, x.shape)
