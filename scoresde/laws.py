@@ -435,7 +435,8 @@ def _covariance_code(spectrum: Spectrum, lead: tuple[int, ...], event: tuple[int
         if bool((numbers == numbers[0, 0]).all()):
             return _listed(numbers[0, 0])
         return _listed(numbers.reshape(lead if spectrum.kind == "isotropic" else (*lead, *event)))
-    if spectrum.floor is None:
+    # A posterior has variances below the floor, which no real factor gives.
+    if spectrum.floor is None or bool((spectrum.values < spectrum.floor[:, None]).any()):
         return _listed(spectrum.dense().reshape(*lead, spectrum.dim, spectrum.dim))
     factor = spectrum.basis * (spectrum.values - spectrum.floor[:, None]).sqrt()[:, None, :]
     variance = spectrum.floor.reshape(lead)

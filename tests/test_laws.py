@@ -615,6 +615,16 @@ def test_a_law_is_what_it_prints() -> None:
         near(again.weights, law.weights, 1e-14)
         near(again.means, law.means, 1e-14)
         near(again._spectrum.dense(), law._spectrum.dense(), 1e-13)
+    for kind in KINDS:
+        for law in (make(kind, seed=12)[0], make("one " + kind, seed=12)[0]):
+            law = law.posterior([1.0], torch.ones(1, law.dim), 0.1)  # some directions have lost variance
+            again = eval(repr(law))
+            assert type(again) is type(law)
+            near(again.weights, law.weights, 1e-14)
+            near(again.means, law.means, 1e-14)
+            near(again._spectrum.dense(), law._spectrum.dense(), 1e-13)
+    seen = Gaussian([0.0, 0.0], 1.0).posterior([1.0], [[1.0, 0.0]], 0.25)
+    assert repr(seen) == "Gaussian([0.8, 0.0], [[0.2, 0.0], [0.0, 1.0]])"
     image = Gaussian(torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]))
     assert repr(image) == "Gaussian([[0.0, 0.0]], [[1.0, 2.0]])"
     both = Mixture([0.5, 0.5], torch.zeros(2, 1, 2), torch.tensor([[[1.0, 2.0]], [[1.0, 3.0]]]))
