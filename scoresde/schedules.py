@@ -160,7 +160,7 @@ class Sigmoid:
     """`1 - alpha_bar(t)` proportional to `sigmoid(w(t)) - sigmoid(w(0))`, w from start/tau to end/tau.
 
     `w(t) = (start + t (end - start))/tau` (Jabri et al. 2022, arXiv:2212.11972), scaled so that
-    `log_snr(1) = log_snr_min` is finite.
+    `log_snr(1) = log_snr_min` is finite. `time` of what lies beyond it is 1.
     """
 
     start: float = -3.0
@@ -213,11 +213,13 @@ class Sigmoid:
 
     def time(self, B: Tensor) -> Tensor:
         (first, last), (signal_end, noise_end) = self._w, self._end
-        rise = -torch.expm1(-B) / noise_end * self._width  # sigmoid(w) - sigmoid(w(0))
-        rest = _logistic(-last) + ((-B).exp() - signal_end) / noise_end * self._width  # sigmoid(-w)
-        # log of sigmoid(-w) / sigmoid(-w(0)): each form keeps its digits where it is used
-        fall = torch.where(B > 0.5, (rest / _logistic(-first)).log(), torch.log1p(-rise / _logistic(-first)))
-        return (torch.log1p(rise / _logistic(first)) - fall) / (last - first)
+        # Beyond B(1), which rounding reaches too where the end is flat, lies nothing but the end itself.
+        rise = (-torch.expm1(-B) / noise_end).clamp(max=1) * self._width  # sigmoid(w) - sigmoid(w(0))
+        rest = _logistic(-last) + ((-B).exp() - signal_end).clamp(min=0) / noise_end * self._width
+        # log of sigmoid(-w) / sigmoid(-w(0)), rest being sigmoid(-w): each form keeps its digits where used
+        short = torch.log1p((-rise / _logistic(-first)).clamp(min=-1))
+        fall = torch.where(B > 0.5, (rest / _logistic(-first)).log(), short)
+        return ((torch.log1p(rise / _logistic(first)) - fall) / (last - first)).clamp(max=1)
 
 
 @dataclass(frozen=True)

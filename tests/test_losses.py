@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scoresde import losses
 from scoresde.ddpm import discretize
 from scoresde.denoiser import BaseDenoiser, Denoiser, Karras
+from scoresde.schedules import Sigmoid
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
 
 SDES = [VPSDE(), VPSDE(0.3, 9.0), SubVPSDE(), VESDE(0.02, 30.0), EDM(), Rectified()]
@@ -351,6 +352,9 @@ def test_options_of_times_and_their_errors():
     assert losses.log_normal(EDM(), torch.tensor([0.5], dtype=torch.float64)).item() == pytest.approx(
         math.exp(-1.2)
     )
+    near = VPSDE(schedule=Sigmoid(log_snr_min=-2.0))  # which the law of the noise levels goes beyond
+    t = losses.log_normal(near, torch.tensor([0.5, 0.95, 0.999], dtype=torch.float64), mean=0.9)
+    assert 0.9 < float(t[0]) < 1 and t[1:].tolist() == pytest.approx([1.0, 1.0])
     assert losses.chain(VPSDE(), torch.tensor([0.0, 0.0999, 0.1, 0.9999]), n=10).tolist() == pytest.approx(
         [0.1, 0.1, 0.2, 1.0]
     )

@@ -12,7 +12,7 @@ import mpmath as mp
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -28,7 +28,7 @@ from scoresde.schedules import (
     unit_interval,
     wide,
 )
-from scoresde.sde import VPSDE
+from scoresde.sde import VPSDE, SubVPSDE
 from scoresde.testing.strategies import RandomLearned, beta_tables, cosines, learneds, sigmoids
 
 EPS = 2.0**-52
@@ -136,6 +136,22 @@ def test_ends_are_exact(schedule: Schedule) -> None:
         sde = VPSDE(schedule=schedule)
         assert sde.alpha(0.0) == 1 and sde.sigma(0.0) == 0
         assert sde.log_snr(0.0) == math.inf and sde.time(math.inf) == 0
+
+
+@given(sigmoids())
+@example(Sigmoid(log_snr_min=-2.0))
+@example(Sigmoid(tau=0.05))  # flat at its end: to rounding it is there long before
+@example(Sigmoid(-0.4, 0.4, 0.001, 9.0))
+def test_beyond_a_sigmoid_is_its_end(schedule: Sigmoid) -> None:
+    sde = VPSDE(schedule=schedule)
+    beyond = f64(schedule.log_snr_min - 1e-9, schedule.log_snr_min - 3.0, -800.0, -math.inf)
+    for process in (sde, SubVPSDE(schedule=schedule)):
+        assert float((process.time(beyond) - 1).abs().max()) < 1e-7
+        t = process.time(torch.linspace(-20.0, 20.0, 401, dtype=torch.float64))
+        assert bool((t.diff() <= 1e-12).all()) and 0 <= float(t.min()) <= float(t.max()) <= 1
+    t = torch.linspace(0.0, 1.0, 41, dtype=torch.float64)
+    allowed = 1e-13 + 8 * EPS * (schedule.B(t) + 1) / schedule.beta(t)
+    assert bool(((schedule.time(schedule.B(t)) - t).abs() <= allowed).all())
 
 
 @given(st.one_of(cosines(), sigmoids(), learneds()))
