@@ -38,8 +38,9 @@ class Grid:
     @classmethod
     @torch.no_grad()
     def of(cls, sde: LinearSDE, t: Tensor | Grid) -> Grid:
-        """The validated grid on the times `t` (N + 1,). Raises ValueError if they do not strictly decrease
-        within the SDE's range, or if a Grid is another SDE's."""
+        """The validated grid on the times `t` (N + 1,); ends that are those of the SDE's range to the
+        rounding of a dtype narrower than float64 become just those. Raises ValueError if they do not strictly
+        decrease within the range, or if a Grid is another SDE's."""
         if isinstance(t, Grid):
             if not torch.equal(t.lam, 0.5 * sde.log_snr(t.t)):
                 raise ValueError(
@@ -48,7 +49,8 @@ class Grid:
                 )
             return t
         try:
-            t = torch.as_tensor(t).detach().double().cpu()
+            given = torch.as_tensor(t).detach().cpu()
+            t = given.double()
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"expected a Grid or a tensor of decreasing times, found {t!r}") from None
         if t.ndim != 1 or len(t) < 2:
@@ -59,10 +61,13 @@ class Grid:
             raise ValueError(
                 f"expected strictly decreasing times from t_max={sde.t_max} to the end, found {_shown(t)}"
             )
-        noiseless = float(sde.sigma(t[-1])) == 0
-        lowest = t[-2] if noiseless else t[-1]
-        if not (float(lowest) >= sde.t_min * (1 - 1e-12) and float(t[0]) <= sde.t_max * (1 + 1e-12)):
-            raise ValueError(f"expected times in [{sde.t_min}, {sde.t_max}] for {sde}, found {_shown(t)}")
+        last = -2 if float(sde.sigma(t[-1])) == 0 else -1  # with noise
+        t = _on_the_range(t, given.dtype, sde, last)
+        if not (float(t[last]) >= sde.t_min * (1 - 1e-12) and float(t[0]) <= sde.t_max * (1 + 1e-12)):
+            raise ValueError(
+                f"expected times in [{sde.t_min}, {sde.t_max}] for {sde}, found {_shown(t)}, from "
+                f"{t[0].item()} to {t[last].item()}"
+            )
         lam = 0.5 * sde.log_snr(t)
         if not bool((lam.diff() > 0).all()):
             raise ValueError(
@@ -83,6 +88,19 @@ class Grid:
 
     def __repr__(self) -> str:
         return f"Grid({len(self)} steps, t={_shown(self.t)}, lam={_shown(self.lam)})"
+
+
+def _on_the_range(t: Tensor, dtype: torch.dtype, sde: LinearSDE, last: int) -> Tensor:
+    """The times t, of which the first is t_max and the one at `last` is t_min if they are so to the rounding
+    of the dtype that they were given in: float32 has most ends of a range a little outside or inside of it.
+    """
+    if dtype == torch.float64 or not dtype.is_floating_point:
+        return t
+    t, eps = t.clone(), torch.finfo(dtype).eps
+    for k, end in ((0, sde.t_max), (last, sde.t_min)):
+        if abs(float(t[k]) - end) <= eps * abs(end):
+            t[k] = end
+    return t
 
 
 def _shown(values: Tensor) -> str:

@@ -273,6 +273,34 @@ def test_own_times_and_grids_are_taken_as_they_are() -> None:
     assert Grid.of(EDM(), torch.tensor([80.0, 0.002, 0.0], dtype=torch.float64)).lam[-1] == math.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ends_of_narrow_dtypes_are_those_of_the_range(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    for low, high in ((0.01, 80.0), (0.002, 80.1), (0.03, 1e3), (0.001, 0.7)):
+        sde = EDM(low, high)
+        for tail in ([], [0.0]):
+            t = torch.tensor([high, (low + high) / 2, low, *tail]).to(dtype)
+            given = t.clone()
+            grid = Grid.of(sde, t)
+            assert float(grid.t[0]) == high and float(grid.t[2]) == low
+            assert torch.equal(grid.t[1], t[1].double()) and grid.t[3:].tolist() == tail
+            assert torch.equal(grid.lam, 0.5 * sde.log_snr(grid.t))
+            assert torch.equal(t, given)
+        wide = torch.tensor([high, low * (1 - 0.9 * eps)], dtype=torch.float64)
+        for outside in (wide, torch.tensor([high, low * (1 - 3 * eps)]).to(dtype)):
+            with pytest.raises(ValueError, match="expected times in"):
+                Grid.of(sde, outside)
+    assert Grid.of(VPSDE(), torch.tensor([1.0, 1e-7]).to(dtype)).t[-1] != 0  # is not close to t_min = 0
+    whole = Grid.of(EDM(1.0, 3.0), torch.tensor([3, 2, 1]))
+    assert whole.t.tolist() == [3.0, 2.0, 1.0]
+
+
+def test_times_outside_are_shown_with_all_digits() -> None:
+    message = r"expected times in \[0.01, 80.0\] .*, from 80.0 to 0.0099999$"
+    with pytest.raises(ValueError, match=message):
+        Grid.of(EDM(0.01, 80.0), torch.tensor([80.0, 0.0099999], dtype=torch.float64))
+
+
 def test_a_grid_of_another_process_is_refused() -> None:
     grid = grids.uniform(VPSDE(), 5)
     for other in (Rectified(), SubVPSDE(), VPSDE(schedule=Cosine()), VPSDE(0.1, 10.0)):
