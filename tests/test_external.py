@@ -504,19 +504,31 @@ def test_the_time_integral_has_the_right_law():
     """Var W = h, Cov(W, U) = h^2/2, Var U = h^3/3 for U = int W ds."""
     _, noise = units(4)
     h = 0.3
-    W, U = StepNoise(noise, 1, 2, torch.Size((6, 1)))(
+    W, U = StepNoise(noise, 1, 2, torch.Size((6, 1)), F64)(
         torch.tensor(1.0), torch.tensor(1.0 + h, dtype=F64), return_U=True
     )
     W, U = W[2:, 0], U[2:, 0]
     assert float(W @ W) == pytest.approx(h) and float(W @ U) == pytest.approx(h**2 / 2)
     assert float(U @ U) == pytest.approx(h**3 / 3)
     assert W.nonzero().tolist() == [[1]] and U.nonzero().tolist() == [[1], [3]]
-    path = PathIncrements(BrownianPath(Noise.of(0, batch=2, dtype=F64), (2, 3, 2), 0.0, 1.0))
-    for increments in (StepNoise(Noise.of(0, batch=2, dtype=F64), 0, 2, torch.Size((2, 3, 2))), path):
+    path = PathIncrements(BrownianPath(Noise.of(0, batch=2, dtype=F64), (2, 3, 2), 0.0, 1.0), F64)
+    for increments in (StepNoise(Noise.of(0, batch=2, dtype=F64), 0, 2, torch.Size((2, 3, 2)), F64), path):
         plain = increments(torch.tensor(0.2), torch.tensor(0.5))
         assert plain.shape == (2, 6)
         both = increments(torch.tensor(0.2), torch.tensor(0.5), return_A=True)
         assert torch.equal(both[0], plain) and both[1] is None
+
+
+@pytest.mark.parametrize("method", TORCHSDE)
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.float16, F64], ids=str)
+def test_the_state_keeps_its_dtype(method, state, unchecked):
+    """Whatever the noise has, as with tables."""
+    model, grid, x = gaussian().denoiser(VP), grids.quadratic(VP, 3), torch.ones(2, 1, dtype=state)
+    chosen = [torchsde_solver(method)]
+    chosen += [] if method == "srk" else [torchsde_solver(method, True, 0.3, 0.3)]
+    for solver in chosen:
+        run = solver.solve(model, x, grid, noise=Noise.of(0, batch=2, dtype=torch.float32))
+        assert run.x.dtype == state and run.status == "ok"
 
 
 @pytest.mark.parametrize("method", ["euler", "srk", "reversible_heun", "heun"])
@@ -840,5 +852,5 @@ def test_reprs_cards_and_steps():
     assert scipy_ode().steps_for(100) == 1 == torchsde_solver("heun", True).steps_for(100)
     assert not scipy_ode().card.stochastic and torchsde_solver().card.stochastic
     assert torchsde_solver("heun", True).card.weak_order is None
-    path = PathIncrements(BrownianPath(Noise.of(0, batch=2), (2, 3, 2), 0.0, 1.0))
-    assert path.shape == (2, 6) == StepNoise(Noise.of(0, batch=2), 0, 1, torch.Size((2, 3, 2))).shape
+    path = PathIncrements(BrownianPath(Noise.of(0, batch=2), (2, 3, 2), 0.0, 1.0), torch.float32)
+    assert path.shape == (2, 6) == StepNoise(Noise.of(0, batch=2), 0, 1, torch.Size((2, 3, 2)), F64).shape

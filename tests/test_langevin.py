@@ -604,6 +604,20 @@ def test_float32_images_and_empty_batches(norm):
         assert sample(model, (0, 3, 4, 4), solver, steps=3).x.shape == (0, 3, 4, 4)
 
 
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.float16, torch.float32, F64], ids=str)
+@pytest.mark.parametrize("drawn", [torch.float32, F64], ids=str)
+def test_the_state_keeps_its_dtype(state, drawn):
+    """Whatever the noise has, as with tables."""
+    model, x = gaussian().denoiser(VP), torch.ones(3, 1, dtype=state)
+    noise = Noise.of(0, batch=3, dtype=drawn)
+    solver = predictor_corrector(solvers.ddpm(), corrector_steps=2, norm="sigma")
+    assert solver.solve(model, x, grids.quadratic(VP, 3), noise=noise).x.dtype == state
+    seen = []
+    options = {"step": 0.1, "steps": 2, "noise": noise, "callback": lambda k, x: seen.append(x.dtype)}
+    chains = [sampler(model, x, 0.3, **options) for sampler in (langevin, mala)]
+    assert {chain.x.dtype for chain in chains} == set(seen) == {state}
+
+
 def test_errors(unchecked):
     model, noise = gaussian().denoiser(VP), Noise.of(0, batch=2, dtype=F64)
     x, grid = noise.prior((2, 1)), grids.uniform(VP, 3)

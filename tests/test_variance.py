@@ -336,6 +336,14 @@ def test_samples_have_the_exact_law_with_the_best_variance(end: float) -> None:
         assert distance(one, other) < 1e-12
 
 
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.float16, F64], ids=str)
+def test_the_state_keeps_its_dtype(state: torch.dtype) -> None:
+    """Whatever the noise has, as with tables."""
+    noise = Noise.of(0, batch=3, dtype=torch.float32)
+    found = solvers.ddpm_learned().solve(built(share=0.2), torch.ones(3, 2, dtype=state), NODES, noise=noise)
+    assert found.x.dtype == state and bool(found.x.isfinite().all())
+
+
 def test_sampling_with_conditions_and_a_callback() -> None:
     started = time.perf_counter()
     model, solver = built(share=0.2), solvers.ddpm_learned()

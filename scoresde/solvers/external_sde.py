@@ -81,12 +81,14 @@ class ReverseTime:
 
 
 class StepNoise(NamedTuple):
-    """Brownian motion over step k of K: `W = h^(1/2) z_k, int W = h (W/2 + H), H = (h/12)^(1/2) z_{K+k}`."""
+    """Brownian motion over step k of K: `W = h^(1/2) z_k, int W = h (W/2 + H), H = (h/12)^(1/2) z_{K+k}`,
+    in the dtype of the state."""
 
     noise: NoiseSource
     k: int
     steps: int
     full: torch.Size
+    dtype: torch.dtype
     levy_area_approximation = "foster"  # an area that noise of this kind never asks for
 
     @property
@@ -95,17 +97,18 @@ class StepNoise(NamedTuple):
 
     def __call__(self, ta: Tensor, tb: Tensor, return_U: bool = False, return_A: bool = False) -> Any:
         h = float(tb - ta)
-        W = math.sqrt(h) * self.noise(self.k, self.full).reshape(self.shape)
+        W = (math.sqrt(h) * self.noise(self.k, self.full)).reshape(self.shape).to(self.dtype)
         if not return_U:
             return (W, None) if return_A else W
         H = math.sqrt(h / 12) * self.noise(self.steps + self.k, self.full).reshape(self.shape)
-        return W, h * (W / 2 + H)
+        return W, (h * (W / 2 + H)).to(self.dtype)
 
 
 class PathIncrements(NamedTuple):
-    """Brownian motion over any interval."""
+    """Brownian motion over any interval, in the dtype of the state."""
 
     path: BrownianPath
+    dtype: torch.dtype
     levy_area_approximation = "foster"
 
     @property
@@ -113,7 +116,7 @@ class PathIncrements(NamedTuple):
         return torch.Size((self.path.shape[0], math.prod(self.path.shape[1:])))
 
     def __call__(self, ta: Tensor, tb: Tensor, return_U: bool = False, return_A: bool = False) -> Any:
-        W = self.path.increment(float(ta), float(tb)).reshape(self.shape)
+        W = self.path.increment(float(ta), float(tb)).reshape(self.shape).to(self.dtype)
         return (W, None) if return_A else W
 
 
@@ -203,9 +206,8 @@ class TorchSDE:
                 else:
                     clock = torch.stack([s, -grid.t[k + 1]])
                     sde.only_shape = None if extra is None else float(s)
-                    y, extra = _sdeint(
-                        sde, y, clock, StepNoise(noise, k, K, x.shape), self.method, extra=extra
-                    )
+                    bm = StepNoise(noise, k, K, x.shape, x.dtype)
+                    y, extra = _sdeint(sde, y, clock, bm, self.method, extra=extra)
             except Halt:
                 raise FloatingPointError(
                     f"{self}: the network returned NaN or Inf at call {calls.made}, in the step "
@@ -251,7 +253,7 @@ class TorchSDE:
         y = x.flatten(1)
         try:
             if span:
-                bm = PathIncrements(BrownianPath(noise, x.shape, -first, -stop))
+                bm = PathIncrements(BrownianPath(noise, x.shape, -first, -stop), x.dtype)
                 clock = torch.tensor([-first, -stop], dtype=torch.float64)
                 y, _ = _sdeint(sde, y, clock, bm, self.method, dt=first - float(grid.t[1]), **control)
             state = y.reshape(x.shape)

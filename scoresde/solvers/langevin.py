@@ -41,8 +41,8 @@ def square_norm(v: Tensor) -> Tensor:
 
 
 def _move(x: Tensor, score: Tensor, z: Tensor, eps: Tensor) -> Tensor:
-    """x + eps score + (2 eps)^(1/2) z, eps of shape () or (B,)."""
-    return x + like(eps, x) * score + like((2 * eps).sqrt(), x) * z
+    """x + eps score + (2 eps)^(1/2) z in the dtype of x, eps of shape () or (B,)."""
+    return x + like(eps, x) * score + like((2 * eps).sqrt(), x) * z.to(x.dtype)
 
 
 @dataclass(frozen=True)

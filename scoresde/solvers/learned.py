@@ -65,7 +65,7 @@ class LearnedAncestral:
                     path.extend([] if kept is None else [kept])
                 x = keep * x + mix * D
                 if std:  # none is left at sigma = 0, where beta-tilde is 0
-                    x = x + std * (0.5 * gaps[k] * v).exp() * noise(k, x.shape)
+                    x = x + std * (0.5 * gaps[k] * v).exp() * noise(k, x.shape).to(x.dtype)
         return Samples(
             x, watch.finish(), time.perf_counter() - started, path=tuple(path), end=float(grid.t[-1])
         )
