@@ -146,7 +146,12 @@ def mmd(x: Float[Tensor, "n ..."], y: Float[Tensor, "m ..."], *, bandwidth: floa
 def median_distance(x: Float[Tensor, "n ..."]) -> float:
     """The median of |x_i - x_j| over i < j: the usual bandwidth of `mmd`."""
     a, _ = _flat(x, x)
-    return float(torch.pdist(a).median()) if len(a) > 1 else 0.0
+    if len(a) < 2:
+        return 0.0
+    distances = torch.pdist(a)
+    # of an even number the mean of the two in the middle; torch.median takes the lower one
+    middle = {(len(distances) + 1) // 2, len(distances) // 2 + 1}
+    return sum(float(distances.kthvalue(k).values) for k in middle) / len(middle)
 
 
 def frechet(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +19,7 @@ from scoresde.metrics import (
     energy_distance,
     floor,
     frechet,
+    median_distance,
     mmd,
     mode_coverage,
     nearest_distance,
@@ -197,9 +200,20 @@ def test_mmd_is_its_definition(n: int, m: int, d: int, seed: int):
     x, y = normal(n, d, seed=seed), 1 + normal(m, d, seed=seed + 1)
     assert mmd(x, y, bandwidth=0.7) == pytest.approx(mmd_by_loops(x.tolist(), y.tolist(), 0.7), abs=1e-12)
     both = [*x.tolist(), *y.tolist()]
-    distances = sorted(math.dist(a, b) for a, b in itertools.combinations(both, 2))
-    median = distances[(len(distances) - 1) // 2]
+    median = statistics.median(math.dist(a, b) for a, b in itertools.combinations(both, 2))
     assert mmd(x, y) == pytest.approx(mmd_by_loops(x.tolist(), y.tolist(), median), abs=1e-12)
+
+
+def test_the_median_distance_is_numpys():
+    assert median_distance(torch.tensor([0.0, 1.0, 3.0, 10.0])) == 5.0  # of 1, 2, 3, 7, 9, 10
+    assert median_distance(torch.tensor([0.0, 1.0, 5.0])) == 4.0 and median_distance(torch.zeros(1)) == 0.0
+    for n in (2, 3, 4, 5, 8, 9):
+        x = normal(n, 3, seed=n)
+        expected = np.median([math.dist(a, b) for a, b in itertools.combinations(x.tolist(), 2)])
+        assert median_distance(x) == pytest.approx(float(expected), rel=1e-14)
+    n = 5801  # more than the 2^24 distances that torch.quantile takes; n - d of them are d
+    d = np.repeat(np.arange(1, n), np.arange(n - 1, 0, -1))
+    assert median_distance(torch.arange(n).float()) == np.median(d)
 
 
 def test_mmd_is_unbiased():
