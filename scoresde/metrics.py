@@ -68,7 +68,8 @@ def sliced_wasserstein(
     sets of different sizes. The directions are uniform on the sphere and depend on `seed` only; samples of
     one number have one direction, and the distance is W_p itself.
 
-    Raises ValueError for no samples, other shapes, values that are not finite, p < 1, or no directions.
+    Raises ValueError for no samples, other shapes, values that are not finite, p < 1 or too large for float64
+    to hold the distances to this power, or no directions.
     Rabin, Peyre, Delon, Bernot 2011 (doi 10.1007/978-3-642-24785-9_37); Bonneel et al. 2015.
     """
     a, b = _filled(x, y)
@@ -83,7 +84,7 @@ def sliced_wasserstein(
         u = u / u.norm(dim=0)
     rows, columns, widths = _quantiles(len(a), len(b), a.device)
     gaps = (a @ u).sort(0).values[rows] - (b @ u).sort(0).values[columns]
-    return float((widths @ gaps.abs() ** p).mean() ** (1 / p))
+    return float((widths @ _costs(gaps.abs(), p)).mean() ** (1 / p))
 
 
 def _quantiles(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +103,7 @@ def wasserstein(x: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."], *, p: floa
     about n^(-1/D) apart: compare with `floor`.
 
     Raises ValueError for sets of different sizes, no samples, other shapes, values that are not finite, or
-    p < 1.
+    p < 1 or too large for float64 to hold the distances to this power.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -113,7 +114,7 @@ def wasserstein(x: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."], *, p: floa
             f"expected as many samples on both sides, found {len(a)} and {len(b)}; take a part of the larger "
             "set, or sliced_wasserstein"
         )
-    cost = torch.cat([_distances(part, b) for part in _parts(a, b)]) ** p
+    cost = _costs(torch.cat([_distances(part, b) for part in _parts(a, b)]), p)
     rows, columns = linear_sum_assignment(cost.cpu().numpy())
     return float(cost[torch.as_tensor(rows), torch.as_tensor(columns)].mean() ** (1 / p))
 
@@ -265,6 +266,17 @@ def floor(
 def _check_power(p: float) -> None:
     if not 1 <= p < math.inf:
         raise ValueError(f"expected a power p >= 1 and finite, found {p}")
+
+
+def _costs(distances: Tensor, p: float) -> Tensor:
+    """distances^p. Raises ValueError where float64 cannot hold the largest, or holds it for 0."""
+    largest = distances.max()
+    if largest > 0 and not 0 < float(largest**p) < math.inf:
+        raise ValueError(
+            f"expected a power p for which float64 holds |x - y|^p, found p = {p} and a largest distance of "
+            f"{float(largest):.4g}; take a smaller p, or divide the samples by that distance"
+        )
+    return distances**p
 
 
 def _filled(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -204,6 +204,13 @@ def test_mmd_is_its_definition(n: int, m: int, d: int, seed: int):
     assert mmd(x, y) == pytest.approx(mmd_by_loops(x.tolist(), y.tolist(), median), abs=1e-12)
 
 
+@pytest.mark.parametrize("metric", [wasserstein, sliced_wasserstein])
+def test_a_high_power_is_the_largest_distance(metric):
+    x = torch.linspace(0, 1, 5, dtype=torch.float64)[:, None]
+    assert metric(x, x, p=800.0) == metric(0 * x, 0 * x, p=800.0) == 0
+    assert metric(x, x + 0.5, p=800.0) == pytest.approx(0.5, rel=1e-12)
+
+
 def test_the_median_distance_is_numpys():
     assert median_distance(torch.tensor([0.0, 1.0, 3.0, 10.0])) == 5.0  # of 1, 2, 3, 7, 9, 10
     assert median_distance(torch.tensor([0.0, 1.0, 5.0])) == 4.0 and median_distance(torch.zeros(1)) == 0.0
@@ -319,6 +326,9 @@ def test_the_floor_takes_different_samples():
         (lambda x: wasserstein(x, x[1:]), "as many samples on both sides, found 5 and 4"),
         (lambda x: wasserstein(x, x, p=0.5), "p >= 1"),
         (lambda x: sliced_wasserstein(x, x, p=math.nan), "p >= 1"),
+        (lambda x: wasserstein(x, x + 9, p=800.0), "found p = 800.0 and a largest distance of 1[0-9]"),
+        (lambda x: sliced_wasserstein(x, x + 9, p=800.0), "take a smaller p"),
+        (lambda x: wasserstein(x[:1], x[:1] + 1e-3, p=150.0), "take a smaller p"),
         (lambda x: sliced_wasserstein(x, x[:0]), "at least one sample on both sides, found 5 and 0"),
         (lambda x: sliced_wasserstein(x, x, directions=0), "at least one direction"),
         (lambda x: sliced_wasserstein(x, x[:, :1]), "samples of one shape"),
