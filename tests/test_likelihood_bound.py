@@ -180,6 +180,28 @@ def test_steps_of_a_ddpm(variance):
     assert torch.allclose(whole.diffusion, whole.steps.sum(1))
 
 
+def test_a_chain_of_one_step_goes_to_the_decoder_at_once():
+    """L_T + L_0 by hand, and below log p of `x_1 ~ N(0, 1), x ~ N(D, sigma^2/alpha^2)`."""
+    chain, place = DDPM([0.8]), torch.tensor([0.3, -0.5], dtype=torch.float64)
+    model = laws.Empirical(place[None]).denoiser(chain.sde())  # D = place, whatever x_1 is
+    x, ratio = torch.tensor([[0.2, 1.0], [-2.0, 0.0]], dtype=torch.float64), 0.8 / 0.2
+    found = elbo(model, x, GaussianDecoder(), grid=chain.times.flip(0))
+    q = [stats.norm(0.2**0.5 * v, 0.8**0.5) for v in x.flatten().tolist()]
+    kl = [0.5 * (law.var() + law.mean() ** 2 - 1 - math.log(law.var())) for law in q]
+    log_p = stats.norm(place, ratio**0.5).logpdf(x).sum(1)
+    assert np.allclose(found.prior, np.reshape(kl, (2, 2)).sum(1), rtol=1e-12)
+    assert np.allclose(found.decoder, -log_p, rtol=1e-12) and bool((found.value.numpy() < log_p).all())
+    assert torch.allclose(found.value, -(found.prior + found.decoder)) and found.steps.shape == (2, 0)
+    assert found.diffusion.tolist() == [0, 0] and found.times.shape == (2, 0) and found.end == 1
+    assert found.network_calls == 4 and bool((found.standard_error < 1e-12).all())
+    same = elbo(model, x, GaussianDecoder(), grid=torch.ones(1), end=1.0, variance=transition_variance)
+    assert torch.equal(same.value, found.value)
+    with pytest.raises(ValueError, match="starts at t_max = 1"):
+        elbo(model, x, GaussianDecoder(), grid=torch.tensor([0.5]))
+    with pytest.raises(ValueError, match=r"ends at end=0\.5, found 1\.0 alone"):
+        elbo(model, x, GaussianDecoder(), grid=torch.ones(1), end=0.5)
+
+
 BIMODAL = laws.Mixture([0.3, 0.7], torch.tensor([-1.0, 0.8]), torch.tensor([0.05, 0.2]))
 
 

@@ -285,7 +285,8 @@ def elbo(
     grid, variance    the bound of the chain through these times, a Grid or decreasing times from t_max to the
                       end, with this variance of a step (None: the one that the model states, see
                       `LearnedVariance`): one call for each of them. For a DDPM, `grid=chain.times.flip(0)`
-                      with `chain.sde()` as the model's process
+                      with `chain.sde()` as the model's process; t_max alone is a chain of one step, whose
+                      bound is L_T + L_0
     end               without a grid, of the continuous bound, `sde.default_end` unless given
     proposal, draws   how it draws t: `draws` times a sample, one in each of as many equal parts of [0, 1)
     seed, ids         sample i is a function of (seed, ids[i]) only; ids default to 0..B-1
@@ -303,7 +304,7 @@ def elbo(
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"expected a whole number of draws >= 1, found {draws!r}")
     with torch.no_grad(), evaluating(model):
-        nodes = nodes_from_t_max(sde, grid, end)
+        nodes = _nodes(sde, grid, end)
         last = float(nodes[-1])
         noise = Noise.of(seed, ids, batch=len(x), device=x.device, dtype=torch.float64, offset=ELBO_ROWS)
         x, cond = x.detach().double(), dict(condition or {})
@@ -329,6 +330,18 @@ def elbo(
         )
 
 
+def _nodes(sde: LinearSDE, grid: Grid | Tensor | None, end: float | None) -> Tensor:
+    """`nodes_from_t_max`, and of a chain of one step, which goes to the decoder at once, t_max alone."""
+    if not isinstance(grid, Tensor) or grid.shape != (1,):
+        return nodes_from_t_max(sde, grid, end)
+    node = nodes_from_t_max(sde, torch.cat([grid, grid.new_tensor([sde.default_end])]), None)[:1]
+    if end is not None and float(node) != end:
+        raise ValueError(
+            f"expected a grid that ends at end={end}, found {float(node)} alone; give one of them"
+        )
+    return node
+
+
 def _decode(
     model: BaseDenoiser, x: Tensor, eps: Tensor, end: float, decoder: Decoder, cond: dict[str, Any]
 ) -> Tensor:
@@ -352,7 +365,7 @@ def _discrete(
     terms = [
         term(model, x, noise(k, x.shape), s, t, **cond) for k, (t, s) in enumerate(itertools.pairwise(nodes))
     ]
-    return torch.stack(terms, 1), nodes[:-1].expand(len(x), -1)
+    return torch.stack(terms, 1) if terms else x.new_zeros(len(x), 0), nodes[:-1].expand(len(x), -1)
 
 
 def _continuous(
@@ -379,6 +392,8 @@ def _continuous(
 def _variance_of_sum(terms: Tensor) -> Tensor:
     """(B,) variance of the sum of independent terms (B, K), from differences of neighbours."""
     count = terms.shape[1]
+    if count == 0:
+        return terms.sum(1)
     if count == 1:
         return torch.full_like(terms[:, 0], math.inf)
     return 0.5 * terms.diff(dim=1).square().sum(1) * count / (count - 1)
