@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -82,6 +83,23 @@ def test_time_input_images_and_conditions_come_back(tmp_path, time_input):
     loaded = checkpoint.load(tmp_path / "a")
     assert same_tensors(loaded, model) and loaded.time_input == time_input
     assert checkpoint.describe(tmp_path / "a")["ema"] is False
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32, np.float64, torch.tensor, lambda v: torch.tensor(v, dtype=torch.float64)]
+)
+def test_numbers_of_numpy_and_torch_come_back(tmp_path, number, unchecked):
+    for sde in (
+        VPSDE(number(0.1), 20.0),
+        EDM(number(0.1), np.int64(20)),
+        VESDE(number(0.1), number(3)),
+        VPSDE(schedule=Cosine(number(0.1))),
+    ):
+        checkpoint.save(tmp_path / "m", Denoiser(networks.MLP(2), sde, Karras(number(0.7))))
+        loaded = checkpoint.load(tmp_path / "m")
+        t = torch.linspace(0.15, 0.95, 5, dtype=torch.float64)
+        torch.testing.assert_close(loaded.sde.log_snr(t), sde.log_snr(t), rtol=1e-7, atol=1e-7)
+        assert dict(loaded.predicts.config)["sigma_data"] == float(number(0.7))
 
 
 def test_without_an_average_the_model_is_loaded_and_an_average_cannot_be_asked_for(tmp_path):

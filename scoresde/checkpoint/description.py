@@ -68,7 +68,13 @@ def _describe_schedule(schedule: Schedule) -> dict[str, Any]:
 
 def _fields(instance: Any) -> dict[str, Any]:
     """The arguments of a dataclass."""
-    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
+    return {f.name: _plain(getattr(instance, f.name)) for f in dataclasses.fields(instance) if f.init}
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's or torch's as the float that it stands for, which JSON can hold; all else as it
+    is."""
+    return float(value) if hasattr(value, "__float__") and not isinstance(value, int | float) else value
 
 
 def _describe_prediction(predicts: Prediction) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def _describe_prediction(predicts: Prediction) -> dict[str, Any]:
         raise CheckpointError(
             f"expected a prediction from {sorted(PREDICTIONS)} or Karras(sigma_data), found {predicts}"
         )
-    return {"name": predicts.name, **dict(predicts.config)}
+    return {"name": predicts.name, **{key: _plain(value) for key, value in predicts.config}}
 
 
 @contextmanager
