@@ -658,6 +658,11 @@ def test_errors(unchecked):
             call()
     with pytest.raises(TypeError, match="expected a step > 0, a number or of shape"):
         langevin(model, x, 0.5, step="long", steps=1, noise=noise)
+    for sampler in (langevin, mala):
+        with pytest.raises(
+            TypeError, match=r"expected a noise source, .* Noise.of\(0, batch=2\), found None"
+        ):
+            sampler(model, x, 0.5, step=0.1, steps=1, noise=None)
     for wrong in ("ddim", solvers.adaptive_ode()):
         with pytest.raises(TypeError, match="expected a fixed-grid solver as predictor"):
             predictor_corrector(wrong)

@@ -281,9 +281,10 @@ def langevin(
     callback gets (k, x) after every step. On N(m, v) the chain has mean m and variance `v/(1 - step/(2 v))`,
     and diverges for step >= 2 v. (Roberts and Tweedie 1996, doi 10.2307/3318418.)
 
-    Raises ValueError for steps that are not positive, FloatingPointError if the network returns NaN or Inf.
+    Raises ValueError for steps that are not positive, TypeError without a noise source, FloatingPointError if
+    the network returns NaN or Inf.
     """
-    eps, clock = _checked(model, x, t, step, steps), _clock(t, x)
+    eps, clock = _checked(model, x, t, step, steps, noise), _clock(t, x)
     watch = Watch("langevin", x)
     with torch.no_grad(), evaluating(model):
         for k in range(steps):
@@ -324,7 +325,7 @@ def mala(
         raise TypeError(
             f"expected log_prob(x, t), which {type(model).__name__} does not have; pass log_prob="
         )
-    eps, clock = _checked(model, x, t, step, steps), _clock(t, x)
+    eps, clock = _checked(model, x, t, step, steps, noise), _clock(t, x)
     watch, accepted = Watch("mala", x), torch.zeros(len(x), dtype=torch.float64, device=x.device)
     with torch.no_grad(), evaluating(model):
         # copies, for a network may write its next output where this one is
@@ -355,7 +356,9 @@ def _clock(t: float, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _checked(model: BaseDenoiser, x: Tensor, t: float, step: float | Tensor, steps: int) -> Tensor:
+def _checked(
+    model: BaseDenoiser, x: Tensor, t: float, step: float | Tensor, steps: int, noise: NoiseSource
+) -> Tensor:
     """The step as a float64 tensor of shape () or (B,), after checking the arguments."""
     try:
         eps = torch.as_tensor(step, dtype=torch.float64)
@@ -368,5 +371,10 @@ def _checked(model: BaseDenoiser, x: Tensor, t: float, step: float | Tensor, ste
     if not (0 <= t <= model.sde.t_max and float(model.sde.sigma(t)) > 0):
         raise ValueError(
             f"expected a time with noise, 0 <= t <= {model.sde.t_max} and sigma(t) > 0, found {t}"
+        )
+    if not callable(noise):
+        raise TypeError(
+            f"expected a noise source, a function of (row, shape) such as Noise.of(0, batch={len(x)}), found "
+            f"{noise!r}"
         )
     return eps
