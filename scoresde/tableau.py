@@ -30,7 +30,12 @@ FIELDS = ("times", "skip", "out", "keep", "mix", "noise")
 
 
 class Step(NamedTuple):
-    """What a callback sees before row k is applied: the state `x` at time `t`, and `denoised`, D(x, t)."""
+    """What a callback sees before row k is applied: the state `x` at time `t`, and `denoised`, D(x, t).
+
+    Of adaptive solvers k is the last network call, and x and denoised are those samples of the batch that
+    still run, in their order, which ones it does not say. Each is at a time of its own, to which its
+    `denoised` belongs; `t` is the largest of these times. Run one sample for a path with its times.
+    """
 
     k: int
     t: float

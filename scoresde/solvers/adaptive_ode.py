@@ -163,7 +163,7 @@ class AdaptiveODE:
 
         `Samples.path` has the states (B, ...) at the times `at`, NaN where a sample did not get that far.
         Without `at` it has what the callback returned, who sees the samples still running before every
-        attempted step.
+        attempted step, each at its own time: `Step.t` is the largest of them.
         """
         started, sde = time.perf_counter(), model.sde
         grid = Grid.of(sde, times)
