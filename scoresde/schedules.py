@@ -214,7 +214,7 @@ class Sigmoid:
     def time(self, B: Tensor) -> Tensor:
         (first, last), (signal_end, noise_end) = self._w, self._end
         # Beyond B(1), which rounding reaches too where the end is flat, lies nothing but the end itself.
-        rise = (-torch.expm1(-B) / noise_end).clamp(max=1) * self._width  # sigmoid(w) - sigmoid(w(0))
+        rise = -torch.expm1(-B) / noise_end * self._width  # sigmoid(w) - sigmoid(w(0))
         rest = _logistic(-last) + ((-B).exp() - signal_end).clamp(min=0) / noise_end * self._width
         # log of sigmoid(-w) / sigmoid(-w(0)), rest being sigmoid(-w): each form keeps its digits where used
         short = torch.log1p((-rise / _logistic(-first)).clamp(min=-1))
