@@ -46,7 +46,8 @@ def sample(
                       and `end=0` finishes with the denoised data
     seed, ids         sample i is a function of (seed, ids[i]) only, whatever the batch, its order, or the
                       device; ids default to 0..B-1
-    condition         passed on to the model as keywords
+    condition         passed on to the model as keywords; what has as many entries as the batch belongs to the
+                      samples, see `BaseDenoiser.given`
     callback          called with a `Step` before every row; what it returns is kept in `Samples.path`
     progress          a bar on the terminal, one tick a network call
     device, dtype     of the state; by default the model's, at least float32

@@ -183,8 +183,10 @@ def adaptive_sde(rtol: float = 0.05, atol: float = 0.025, *, max_calls: int = 20
     dimension. A run costs at least `lam_end - lam_start` calls: hundreds where schedules start at -200.
 
     A run to sigma = 0 stops at `sde.default_end` and returns D there. Other tolerances see other paths.
-    Samples leave the batch when they are done: conditions given to `sample` are narrowed with it, and a
-    network must not remember its batch. Raises ValueError for other tolerances and limits.
+    Samples leave the batch when they are done: conditions given to `sample` are narrowed with it (what has as
+    many entries as the batch belongs to the samples, see `BaseDenoiser.given`), and a network must not
+    remember its batch. A callback sees the samples still running before every attempted step, each at its own
+    time: `Step.t` is the largest of them. Raises ValueError for other tolerances and limits.
     """
     reference = "Jolicoeur-Martineau et al. 2021, arXiv:2105.14080; Rackauckas and Nie 2017"
     properties = frozenset({"marginal_exact", "clock_free"})  # the tolerance is in units of x
