@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import time
@@ -530,6 +531,11 @@ def test_the_cache_knows_conditions(tmp_path: Path):
 def test_seconds_are_foreseen(monkeypatch: pytest.MonkeyPatch):
     """After 100 calls in 10 s, 30 calls in two parts take 6 s more."""
     run = Runner(MODEL, (10, 2), 0, 1e-3, None, 5)
+    ticks = itertools.count()
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "perf_counter", lambda: float(next(ticks)))
+        run(How(solvers.ddim(), grids.uniform(SDE, 4), ""))
+    assert run.calls == 8 and run.seconds == next(ticks) - 1
     run.calls, run.seconds = 100, 10.0
     job = Job(Label("s", "g", 30), How(solvers.ddim(), torch.ones(2), ""), 30, None, False)
     monkeypatch.setattr(time, "perf_counter", lambda: 110.0)

@@ -217,7 +217,7 @@ class Search:
         self.used = self.sets.mattering(forms if len(forms) > 1 else [*forms, natural(ranked[0][1])])
         self.ends = list(scouts)
         now = time.perf_counter()
-        for k, scout in enumerate(sorted(scouts, key=self.rank), 1):
+        for k, scout in enumerate(scouts, 1):
             self._again(scout, now + HALVING * (self.until - now) * k / len(scouts))
         for end in sorted(self.ends[len(scouts) :], key=lambda end: end.best.errors.rank):
             if not end.best.done:
