@@ -92,7 +92,8 @@ def determined(a: Tensor, b: Tensor, t: Tensor, what: str) -> Pair:
         raise ValueError(
             f"expected times at which {what} is determined, found t={first}: without signal (alpha = 0) "
             "noise says nothing of the data, without noise (sigma = 0) the data say nothing of it. "
-            "Keep away from that end, or use a network that predicts data, velocity or flow"
+            "Keep away from that end (grid=...), or if it is not guided use a network that predicts data, "
+            "velocity or flow"
         )
     return a, b
 
@@ -184,11 +185,7 @@ class BaseDenoiser(nn.Module):
         samples, also inside of mappings and lists: see `some_rows`. Let what they share have another length,
         such as a batch axis of 1.
         """
-        made = {
-            name: torch.as_tensor(value, device=self.device) if _are_numbers(value) else value
-            for name, value in cond.items()
-        }
-        return Conditioned(self, made) if made else self
+        return Conditioned(self, as_conditions(cond, self.device)) if cond else self
 
     def narrowed(self, rows: Tensor | slice, batch: int) -> BaseDenoiser:
         """This denoiser for some rows of a batch: what it holds one entry a sample of is cut to them, as
@@ -366,6 +363,14 @@ def some_rows(value: Any, rows: Tensor | slice, batch: int) -> Any:
 def _numbers(rows: Tensor | slice, batch: int) -> list[int]:
     """The rows as numbers on the host, where lists live."""
     return torch.arange(batch)[rows if isinstance(rows, slice) else rows.cpu()].tolist()
+
+
+def as_conditions(cond: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Conditions as models get them: lists and arrays of numbers become tensors."""
+    return {
+        name: torch.as_tensor(value, device=device) if _are_numbers(value) else value
+        for name, value in cond.items()
+    }
 
 
 def _are_numbers(value: Any) -> bool:

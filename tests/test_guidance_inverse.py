@@ -396,6 +396,8 @@ def test_errors(unchecked) -> None:
             guidance.pigdm(plain, A, Y, R, data_var=bad)
     with pytest.raises(ValueError, match="to divide by"):
         guidance.dps(plain, A, Y, 0.0)
+    with pytest.raises(ValueError, match="noise_var: expected one variance for all of y"):
+        guidance.linear_inverse(plain, A, Y, torch.ones(2))
     for bad in (0, 1.5, True):
         with pytest.raises(ValueError, match="iterations: expected a whole number"):
             guidance.linear_inverse(plain, A, Y, R, iterations=bad)
@@ -410,3 +412,17 @@ def test_errors(unchecked) -> None:
             guidance.inpaint(plain, mask, torch.zeros(1, 3))
     with pytest.raises(TypeError, match="expected a denoiser to guide"):
         guidance.dps(lambda x, t: x, A, Y, R)
+
+
+def test_arrays_lists_and_single_numbers_are_measurements_too(unchecked) -> None:
+    x, plain = torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3), LAW.denoiser(VP)
+    wanted = guidance.linear_inverse(plain, A, Y, R)(x, 0.5)
+    torch.testing.assert_close(guidance.linear_inverse(plain, A.numpy(), Y.numpy(), R)(x, 0.5), wanted)
+    listed = guidance.linear_inverse(plain, A, Y.tolist(), R)(x, 0.5)  # numbers in float32
+    torch.testing.assert_close(listed, wanted, rtol=1e-6, atol=1e-7)
+    one, matrix = torch.full((1,), 0.3, dtype=torch.float64), torch.full((1, 3), 1 / 3, dtype=torch.float64)
+    found = guidance.linear_inverse(plain, lambda x: x.mean(1), one, R)(x, 0.5)
+    torch.testing.assert_close(found, guidance.linear_inverse(plain, matrix, one, R)(x, 0.5))
+    mask, y = f64(1.0, 0.0, 1.0), f64(0.1, 0.2, 0.3)[None]
+    known = guidance.inpaint(plain, mask, y)(x, 0.5)
+    assert torch.equal(guidance.inpaint(plain, mask.numpy(), y.numpy())(x, 0.5), known)

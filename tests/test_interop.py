@@ -236,6 +236,26 @@ def test_labels_dtypes_outputs_and_learned_variances():
     torch.testing.assert_close(model(x.float(), 0.5), x.float())
 
 
+def test_products_that_are_not_those_of_the_betas_count():
+    """Some schedulers shift the signal-to-noise ratio there, or take the last signal away."""
+    bars = (1 - BETAS.double()).cumprod(0)
+    shifted = bars / (3 + (1 - 3) * bars)
+    scheduler = stub("CogVideoXDDIMScheduler", BETAS)
+    scheduler.alphas_cumprod = bars.float()
+    wanted = VPSDE.from_betas(BETAS.double())
+    t = torch.tensor([0.1, 0.5, 1.0], dtype=F64)
+    torch.testing.assert_close(
+        diffusers.convention(scheduler).sde.alpha(t), wanted.alpha(t), rtol=1e-12, atol=0
+    )
+    scheduler.alphas_cumprod = shifted.float()
+    k = (t * len(BETAS)).round().long() - 1
+    found = diffusers.convention(scheduler).sde.alpha((k + 1) / len(BETAS)) ** 2
+    torch.testing.assert_close(found, shifted[k], rtol=1e-5, atol=0)
+    scheduler.alphas_cumprod[-1] = 0
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr no signal is left"):
+        diffusers.convention(scheduler)
+
+
 @pytest.mark.parametrize(
     ("scheduler", "words"),
     [
@@ -244,6 +264,10 @@ def test_labels_dtypes_outputs_and_learned_variances():
         (stub("EulerDiscreteScheduler", BETAS, timestep_type="continuous"), "wrap the network by hand"),
         (stub("DDIMScheduler", torch.tensor([0.1, 1.0])), "rescale_betas_zero_snr"),
         (stub("EDMEulerScheduler", prediction_type="v_prediction"), "prediction_type='v_prediction'"),
+        (
+            stub("FlowMatchEulerDiscreteScheduler", invert_sigmas=True),
+            "fall with the timesteps, found invert",
+        ),
     ],
 )
 def test_other_conventions_are_refused(scheduler, words: str):
@@ -380,12 +404,18 @@ def test_samples_in_half_precision_keep_an_exact_state(scheduling, unchecked):
     # The network sees rounded states; they are not rounded on top of one another.
     assert (half.double() - precise).abs().max() < 0.02
     after = []
-    for change in (0, 1):  # a state that the pipeline has changed counts
+    for change in (0, 1, 2):  # a state that the pipeline has changed counts
         scheduler.set_timesteps(4)
         first = scheduler.step(torch.zeros_like(x), None, x).prev_sample
-        after.append(scheduler.step(torch.zeros_like(x), None, first + change).prev_sample)
+        first = first + 1 if change == 1 else first.add_(change)  # another tensor, or in place
+        after.append(scheduler.step(torch.zeros_like(x), None, first).prev_sample)
     keep = scheduler._run.numbers.rows[1].keep
-    torch.testing.assert_close(after[1] - after[0], torch.full_like(x, keep), rtol=0.02, atol=0.02)
+    for change in (1, 2):
+        moved = torch.full_like(x, change * keep)
+        torch.testing.assert_close(after[change] - after[0], moved, rtol=0.02, atol=0.03)
+    for steps in (0, -3, 2.0):
+        with pytest.raises(ValueError, match="whole number of steps >= 1 as num_inference_steps"):
+            scheduler.set_timesteps(steps)
 
 
 def test_a_table_as_a_scheduler(scheduling, tmp_path, unchecked):
@@ -502,6 +532,20 @@ def test_there_and_back():
         k_diffusion.model(Denoiser(networks.MLP(2, hidden=8, layers=1), Rectified(), "flow"))
 
 
+@pytest.mark.parametrize(
+    "sde", [VPSDE(0.1, most) for most in (15.0, 18.0, 20.0)] + [EDM(0.002, 80.0)], ids=repr
+)
+def test_levels_in_float32_are_within_the_range(sde):
+    """As `get_sigmas_karras` makes them of `sigma_min` and `sigma_max`, a rounding beyond."""
+    theirs = k_diffusion.model(laws.Gaussian(torch.zeros(2), 1.0).denoiser(sde))
+    for end in (theirs.sde.sigma_min, theirs.sde.sigma_max):
+        for factor in (1 - 1.2e-7, 1 + 1.2e-7):
+            assert theirs(randn(3, 2), torch.full((3,), end * factor, dtype=F64)).isfinite().all()
+    if sde != theirs.sde:
+        with pytest.raises(ValueError, match="expected noise levels"):
+            theirs(randn(3, 2), theirs.sde.sigma_max * (1 + 1e-5))
+
+
 # ---- azula
 
 
@@ -579,3 +623,9 @@ def test_ours_on_azula_s_clock(monkeypatch):
     back = azula.denoiser(theirs)
     assert float(back.sde.sigma(1.0)) == 20.0
     torch.testing.assert_close(back(x, 0.5), model(x, 10.01))
+    flow = laws.Gaussian(torch.full((2,), MEAN), VARIANCE).denoiser(Rectified())
+    with pytest.raises(ValueError, match=r"signal at the start, found none at t = 1\.0; pass start"):
+        azula.model(flow)
+    later = azula.model(flow, end=0.25, start=0.75)
+    for t, own in ((0.0, 0.25), (1.0, 0.75)):
+        torch.testing.assert_close(later(x, torch.tensor(t, dtype=F64)).mean, flow(x, own))

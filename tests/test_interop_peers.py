@@ -237,7 +237,9 @@ def test_k_diffusion_samples_from_our_model(name: str, solver):
     sigmas = (-grid.lam).exp()
     assert float(sigmas[0]) == pytest.approx(theirs.sde.sigma_max)
     levels = k_samplers().get_sigmas_karras(10, theirs.sde.sigma_min, theirs.sde.sigma_max)
-    assert levels[-1] == 0  # their own grid fits
+    assert levels[-1] == 0 and levels.dtype == torch.float32  # their own grid fits
+    drawn = k_samplers().sample_euler(theirs, x / SDE.alpha(1.0), levels, disable=True)
+    assert drawn.isfinite().all()
     found = getattr(k_samplers(), f"sample_{name}")(theirs, x / SDE.alpha(1.0), sigmas, disable=True)
     fine = solver is None
     run = (solvers.unipc(3) if fine else solver).solve(model, x, grids.karras(SDE, 400) if fine else grid)

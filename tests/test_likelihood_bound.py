@@ -537,3 +537,18 @@ def test_bad_arguments(options, message, unchecked):
     options = {"x": torch.ones(2, 1), "decoder": GaussianDecoder, **options}
     with pytest.raises((ValueError, TypeError), match=message):
         elbo(LAW.denoiser(VP), **{**options, "decoder": options["decoder"]()})
+
+
+def test_conditions_of_the_bound_are_those_of_samplers() -> None:
+    """Lists and arrays of numbers too, and labels of a few bits."""
+
+    class Labelled(torch.nn.Module):
+        def forward(self, x, time, label):
+            return 0.1 * label.to(x)[:, None] * x
+
+    model, x = Denoiser(Labelled(), VP), torch.ones(3, 2)
+    label = torch.tensor([1, 2, 3])
+    wanted = elbo(model, x, GaussianDecoder(), condition={"label": label}).value
+    for same in ([1, 2, 3], label.numpy(), label.to(torch.uint8)):
+        found = elbo(model, x, GaussianDecoder(), condition={"label": same}).value
+        assert torch.equal(found, wanted)

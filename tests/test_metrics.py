@@ -218,9 +218,10 @@ def test_the_median_distance_is_numpys():
         x = normal(n, 3, seed=n)
         expected = np.median([math.dist(a, b) for a, b in itertools.combinations(x.tolist(), 2)])
         assert median_distance(x) == pytest.approx(float(expected), rel=1e-14)
-    n = 5801  # more than the 2^24 distances that torch.quantile takes; n - d of them are d
+    n = 4096  # of the integers below it n - d distances are d; of more, those of every second one count
     d = np.repeat(np.arange(1, n), np.arange(n - 1, 0, -1))
     assert median_distance(torch.arange(n).float()) == np.median(d)
+    assert median_distance(torch.arange(2 * n).float()) == 2 * np.median(d)
 
 
 def test_mmd_is_unbiased():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import protocol
@@ -246,6 +247,14 @@ def test_a_sampler_that_looks_at_its_noise_has_no_exact_law() -> None:
         sampler_law(redraws, DATA, VP, grids.uniform(VP, 4).t)
 
 
+def noisy(denoise, x, times, noise, *, share: float = 1.0):
+    """Ancestral sampling with too little or too much noise: it does not converge."""
+    for t, s in pairwise(times):
+        mean, std = VP.bridge(denoise(x, t), x, s, t)
+        x = mean + share * std * noise()
+    return x
+
+
 def test_certify_says_which_property_fails() -> None:
     """The same mistakes, seen by the certificate alone."""
     for wrong, claimed, line in (
@@ -254,6 +263,10 @@ def test_certify_says_which_property_fails() -> None:
     ):
         certificate = certify(wrong, VP, order=claimed)
         assert not certificate.passed and line in [v.what for v in certificate.lines if v.verdict == "FAIL"]
+    for share in (0.95, 1.05):  # the second one's error passes 0 near 100 steps
+        certificate = certify(partial(noisy, share=share), VP)
+        assert "order (weak, if stochastic)" in [v.what for v in certificate.lines if v.verdict == "FAIL"]
+    assert certify(noisy, VP).passed
     certificate = certify(multistep_3, VP, order=3)
     assert certificate.passed and {line.verdict for line in certificate.lines} == {"pass", "-"}, certificate
 

@@ -188,6 +188,8 @@ class LabelLogProb(nn.Module):
     ) -> None:
         super().__init__()
         given = torch.as_tensor(label)
+        if given.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+            given = given.long()
         if given.is_floating_point() or given.dtype == torch.bool or given.ndim > 1:
             raise ValueError(
                 f"label: expected an integer or integers of shape (B,), found {given.dtype} of shape "

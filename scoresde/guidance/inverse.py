@@ -44,7 +44,8 @@ def linear_inverse(
     """The denoiser given `y = A x_0 + N(0, noise_var I)`, C from the denoiser's Jacobian: moment matching.
 
     A           a matrix (m, D) that acts on flattened samples, or a linear function of a batch
-    y           what A makes of data: (m,) or (B, m) for a matrix, else with a batch axis, of 1 or B entries
+    y           what A makes of data, and nothing else (`y * mask` for `A = lambda x: x * mask`): (m,) or
+                (B, m) for a matrix, else with a batch axis, of 1 or B entries
     noise_var   variance of the noise of y, >= 0
     scale       a number or a function of noise level
     iterations  at most so many, with a backward pass each, by which v is found; as many as A C A^T has
@@ -54,7 +55,8 @@ def linear_inverse(
     since it takes what is left of all components for one Gaussian.
 
     Rozet et al. 2024, arXiv:2405.13712; Boys et al. 2023, arXiv:2310.06721. One call of the model and
-    1 + iterations backward passes. Raises ValueError for shapes that do not fit and numbers out of range.
+    1 + iterations backward passes. Raises ValueError for shapes that do not fit and numbers out of range, and
+    where alpha = 0 (flow matching at t = 1), for nothing is known of the data there: give a grid from 0.999.
     """
     return Observed(model, A, y, Matched(_variance(noise_var), _whole(iterations)), scale)
 
@@ -182,6 +184,7 @@ class Observed(Guided):
         scale: Scale = 1.0,
     ) -> None:
         super().__init__(model)
+        A, y = A if callable(A) else torch.as_tensor(A), torch.as_tensor(y)
         if isinstance(A, Tensor):
             if A.ndim != 2 or y.ndim not in (1, 2) or y.shape[-1] != len(A):
                 raise ValueError(
@@ -254,7 +257,8 @@ def conjugate_residuals(apply: Pull, b: Tensor, iterations: int) -> Tensor:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of samples, (B,) float64."""
-    return (a.double() * b.double()).flatten(1).sum(1)
+    products = a.double() * b.double()
+    return products.flatten(1).sum(1) if products.ndim > 1 else products
 
 
 def quotient(a: Tensor, b: Tensor) -> Tensor:
@@ -280,8 +284,9 @@ def inpaint(model: BaseDenoiser, mask: Tensor, y: Tensor, noise_var: float = 0.0
     The other elements see the known ones only through x_t, and not y itself: exact if they are independent,
     and else drawn too little to what they should be. With the example of `pigdm`, by the probability flow
     mean 0.351 and variance 0.674 in place of 0.792 and 0.366, by 100 ancestral steps 0.485 and 0.501.
-    `linear_inverse` with `A = lambda x: x * mask`, at the price of gradients, has no such bias.
+    `linear_inverse` with `A = lambda x: x * mask` and `y * mask` has no such bias, at the price of gradients.
     """
+    mask, y = torch.as_tensor(mask), torch.as_tensor(y)
     known = mask.to(y.device) != 0
     if bool((known & (mask.to(y.device) != 1)).any()):
         low, high = mask.aminmax()
@@ -370,6 +375,8 @@ class Replaced(Guided):
 
 
 def _variance(noise_var: float) -> float:
+    if torch.as_tensor(noise_var).numel() != 1:
+        raise ValueError(f"noise_var: expected one variance for all of y, found {noise_var}")
     if not 0 <= noise_var < math.inf:
         raise ValueError(f"noise_var: expected a variance >= 0, found {noise_var}")
     return float(noise_var)

@@ -52,7 +52,8 @@ class Interval:
 
 def interval(scale: Scale, low: float, high: float, *, outside: Scale = 0.0) -> Scale:
     """`scale` where `low <= log_snr(t) <= high`, and `outside` elsewhere: 0 is no guidance for `classifier`,
-    1 the conditional model alone for `classifier_free`. Where guidance does nothing it also costs no call.
+    1 the conditional model alone for `classifier_free`. Where guidance does nothing it also costs no call,
+    in solvers of fixed steps.
 
     (Kynkaanniemi et al. 2024, arXiv:2404.07724, in noise levels: `log_snr = -2 log(sigma/alpha)`.)
     """

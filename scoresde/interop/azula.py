@@ -94,14 +94,15 @@ def denoiser(model: Any) -> BaseDenoiser:
 
 
 class Unit:
-    """The schedule `t -> (alpha, sigma)` of a process on azula's clock, t = 0 being `end`; float64 inside."""
+    """The schedule `t -> (alpha, sigma)` of a process on azula's clock, from `end` at t = 0 to `start` at 1;
+    float64 inside."""
 
-    def __init__(self, sde: LinearSDE, end: float) -> None:
-        self.sde, self.end = sde, end
+    def __init__(self, sde: LinearSDE, start: float, end: float) -> None:
+        self.sde, self.start, self.end = sde, start, end
 
     def time(self, t: Tensor) -> Tensor:
         """The process's own time, float64."""
-        return self.end + wide(t) * (self.sde.t_max - self.end)
+        return self.end + wide(t) * (self.start - self.end)
 
     def __call__(self, t: Tensor) -> Pair:
         own = self.time(t)
@@ -111,9 +112,9 @@ class Unit:
 class Ours(nn.Module):
     """See `model`."""
 
-    def __init__(self, denoiser: BaseDenoiser, end: float) -> None:
+    def __init__(self, denoiser: BaseDenoiser, start: float, end: float) -> None:
         super().__init__()
-        self.denoiser, self.schedule = denoiser, Unit(denoiser.sde, end)
+        self.denoiser, self.schedule = denoiser, Unit(denoiser.sde, start, end)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Any:
         from azula.denoise import DiracPosterior  # pyright: ignore
@@ -121,9 +122,16 @@ class Ours(nn.Module):
         return DiracPosterior(mean=checked(self.denoiser(x_t, self.schedule.time(t), **cond), x_t))
 
 
-def model(denoiser: BaseDenoiser, end: float | None = None) -> nn.Module:
+def model(denoiser: BaseDenoiser, end: float | None = None, start: float | None = None) -> nn.Module:
     """A denoiser as azula's: `model(x_t, t, **cond).mean`, with `.schedule`, for its samplers and guidance.
 
-    azula's clock t in [0, 1] is stretched to [end, t_max] of the denoiser's process (None: its default end).
+    azula's clock t in [0, 1] is stretched to [end, start] of the denoiser's process (None: its default end,
+    and t_max). Raises ValueError where no signal is left at `start`: its samplers divide by alpha.
     """
-    return Ours(denoiser, float(denoiser.sde.default_end if end is None else end))
+    sde = denoiser.sde
+    first, last = (
+        float(v) for v in (sde.t_max if start is None else start, sde.default_end if end is None else end)
+    )
+    if not float(sde.alpha(first)) > 0:
+        raise ValueError(f"expected some signal at the start, found none at t = {first}; pass start=0.999")
+    return Ours(denoiser, first, last)

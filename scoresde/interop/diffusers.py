@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import grids, solvers
@@ -50,6 +51,8 @@ def convention(scheduler: Any) -> Convention:
         scheduler = _made(scheduler)
     name, config = type(scheduler).__name__, dict(scheduler.config)
     steps, kind = config.get("num_train_timesteps", 1000), config.get("prediction_type", "epsilon")
+    if config.get("invert_sigmas"):
+        raise ValueError("expected noise levels that fall with the timesteps, found invert_sigmas=True")
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or kind == "flow_prediction":
         return Convention(Rectified(), FLOW, "t", lambda t: t * steps)
     if name.startswith("EDM") and kind == "epsilon":
@@ -58,7 +61,7 @@ def convention(scheduler: Any) -> Convention:
     if name.startswith("ScoreSdeVe"):
         process = VESDE(config["sigma_min"], config["sigma_max"])
         return Convention(process, SCORE, "log_snr", lambda log_snr: (-0.5 * log_snr).exp())
-    betas = getattr(scheduler, "betas", None)
+    betas = _betas(scheduler)
     if betas is None or kind not in PREDICTIONS or config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(
             f"expected a scheduler with betas that predicts {sorted(PREDICTIONS)}, or one of flow matching, "
@@ -67,6 +70,17 @@ def convention(scheduler: Any) -> Convention:
         )
     last = len(betas) - 1
     return Convention(_table(betas), PREDICTIONS[kind], "index", lambda label: label.clamp(0, last))
+
+
+def _betas(scheduler: Any) -> Tensor | None:
+    """Those that it has, or those of its `alphas_cumprod` where these are others: some change them alone."""
+    betas, products = (getattr(scheduler, name, None) for name in ("betas", "alphas_cumprod"))
+    if betas is None or products is None:
+        return betas
+    betas, products = betas.double(), products.double()
+    if torch.allclose((1 - betas).cumprod(0), products, rtol=1e-4, atol=1e-7):
+        return betas
+    return 1 - products / torch.cat([products.new_ones(1), products[:-1]])
 
 
 def _table(betas: Tensor) -> VPSDE:

@@ -11,6 +11,8 @@ from ..denoiser import BaseDenoiser, Rows, Wrapper, checked
 from ..schedules import Time, holds, wide
 from ..sde import LinearSDE, like
 
+ROUNDING = 1e-6  # of log-SNR: the ends of a range may come in float32
+
 
 class Matched(Wrapper):
     """See `under`."""
@@ -34,8 +36,9 @@ class Matched(Wrapper):
         t, its = wide(t), self.model.sde
         log_snr = self.sde.log_snr(t)
         lowest, highest = (its.log_snr(end) for end in (its.t_max, its.t_min))
-        if not holds((log_snr >= lowest - 1e-9) & (log_snr <= highest + 1e-9)):
-            found = log_snr[(log_snr < lowest - 1e-9) | (log_snr > highest + 1e-9)].flatten()[0]
+        outside = (log_snr < lowest - ROUNDING) | (log_snr > highest + ROUNDING)
+        if not holds(~outside):
+            found = log_snr[outside].flatten()[0]
             level, least, most = ((-0.5 * v).exp().item() for v in (found, highest, lowest))
             raise ValueError(
                 f"expected noise levels sigma/alpha in [{least:.6g}, {most:.6g}], those of {its}, found "

@@ -133,6 +133,8 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):
         return self._run
 
     def _tableau(self, steps: int) -> Tableau:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"expected a whole number of steps >= 1 as num_inference_steps, found {steps!r}")
         if self.table is None:
             return self.solver.tableau(self.sde, self._times(steps))
         if steps != len(self.table):
@@ -175,7 +177,7 @@ class Run:
         )
         self.on_x, self.on_F = (part.tolist() for part in pair)
         self.numbers: Coefficients | None = None
-        self.exact: tuple[Tensor, Tensor] | None = None  # what was returned, and the state behind it
+        self.rest: Tensor | float = 0.0  # what the sample that was returned lacks of the state behind it
 
     def step(self, F: Tensor, sample: Tensor, generator: Any) -> Tensor:
         if self.row == len(self.table):
@@ -183,12 +185,8 @@ class Run:
                 f"expected at most {self.row} steps, the calls of {self.table.name}; call set_timesteps "
                 "before another run"
             )
-        # Samples in half precision would be rounded once a step: go on from the exact state, unless the
-        # pipeline has changed it.
-        if self.exact is not None and self.exact[0] is sample:
-            x = self.exact[1]
-        else:
-            x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        # Samples in half precision would be rounded once a step; what a pipeline does to them counts.
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32)) + self.rest
         if self.numbers is None:
             rows = Rows(lambda state, k: state, self.on_x, self.on_F)  # the pipeline calls the network
             self.numbers = coefficients(self.table, rows, x.dtype)
@@ -197,5 +195,7 @@ class Run:
         z = randn_tensor(x.shape, generator, x.device, x.dtype) if row.noise else None
         x, self.later = advance(row, x, checked(F, x), z, self.later)
         self.row += 1
-        self.exact = x.to(sample.dtype), x
-        return self.exact[0]
+        after = x.to(sample.dtype)
+        if after.dtype != x.dtype:
+            self.rest = x - after.to(x.dtype)
+        return after

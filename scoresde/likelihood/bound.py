@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..denoiser import DATA, NOISE, BaseDenoiser
+from ..denoiser import DATA, NOISE, BaseDenoiser, as_conditions
 from ..grids import Grid
 from ..noise import Noise
 from ..schedules import Time, wide
@@ -307,7 +307,7 @@ def elbo(
         nodes = _nodes(sde, grid, end)
         last = float(nodes[-1])
         noise = Noise.of(seed, ids, batch=len(x), device=x.device, dtype=torch.float64, offset=ELBO_ROWS)
-        x, cond = x.detach().double(), dict(condition or {})
+        x, cond = x.detach().double(), as_conditions(condition or {}, model.device)
         decoded = [_decode(model, x, noise(k, x.shape), last, decoder, cond) for k in range(DECODER_DRAWS)]
         costs = torch.stack(decoded, 1)
         rest = noise.shift(DECODER_DRAWS)

@@ -142,8 +142,8 @@ class Ledger:
         look: Callable[[S], Tensor],
         callback: Callback | None,
     ) -> list[Any]:
-        """Attempt steps until no sample runs; what the callback returned. It sees the samples `active`, at the
-        largest of their times as `Step.t`, and D at the state, which `look` gives."""
+        """Attempt steps until no sample runs; what the callback returned. It sees the samples `active`, at
+        the largest of their times as `Step.t`, and D at the state, which `look` gives."""
         path: list[Any] = []
         while len(self.active):
             state = self._release(state, goal, self.calls >= limit)
