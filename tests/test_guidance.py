@@ -310,6 +310,13 @@ def draw(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_classes_may_be_of_any_integer_dtype(device, dtype) -> None:
+    _, classifier, label = networks_of(F64, device)
+    x = draw(device, F64, 4, 3)
+    assert torch.equal(classifier.log_prob(label.to(dtype))(x, 0.5), classifier.log_prob(label)(x, 0.5))
+
+
 def test_the_gradient_is_the_central_difference(device) -> None:  # PROPERTIES 50
     model, classifier, label = networks_of(F64, device)
     log_prob, x, t = classifier.log_prob(label), draw(device, F64, 4, 3), f64(0.1, 0.3, 0.6, 1.0).to(device)
