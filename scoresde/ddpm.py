@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .denoiser import BaseDenoiser, evaluating
 from .schedules import Tabulated, beta_table, holds
 from .sde import VPSDE, like
-
-if TYPE_CHECKING:
-    from .denoiser import BaseDenoiser
 
 Index = int | Tensor
 
@@ -213,13 +210,15 @@ class DDPM:
         """Algorithm 2, as printed, with variance beta_i: from `x_N` (B, ...) to x_0.
 
         `noises[i - 1]` (B, ...) belongs to the step from i to i - 1; that of i = 1 is not used. The model's
-        process is `self.sde()`. `solvers.ddpm()` is the same as a tableau, for any grid and either variance.
+        process is `self.sde()`, and it runs in evaluation mode. `solvers.ddpm()` is the same as a tableau, for
+        any grid and either variance.
         """
         self._check_process(model)
         x = x_N
-        for i in range(len(self), 0, -1):
-            mean = self.mean_from_noise(x, model.noise(x, self.times[i - 1], **cond), i)
-            x = mean + self._take(self.betas, i, x).sqrt() * noises[i - 1] if i > 1 else mean
+        with evaluating(model):
+            for i in range(len(self), 0, -1):
+                mean = self.mean_from_noise(x, model.noise(x, self.times[i - 1], **cond), i)
+                x = mean + self._take(self.betas, i, x).sqrt() * noises[i - 1] if i > 1 else mean
         return x
 
 

@@ -12,7 +12,8 @@ predicted noise at alpha = 0) raises ValueError where the host knows the times.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -378,6 +379,19 @@ def _are_numbers(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.dtype.kind in "biuf"
     return isinstance(value, list) and all(isinstance(one, int | float) for one in value)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode and every part of it back as it was afterwards."""
+    training = [part for part in model.modules() if part.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def first_tensor(module: nn.Module) -> Tensor | None:

@@ -456,6 +456,18 @@ def test_algorithm_2_needs_no_gradient_and_passes_conditions() -> None:
     assert (shifted - plain).abs().min() > 0.1
 
 
+def test_algorithm_2_runs_without_dropout_and_leaves_the_mode_alone() -> None:
+    class Dropping(GaussianModel):
+        def forward(self, x, t, **cond):
+            return super().forward(torch.nn.functional.dropout(x, 0.5, self.training), t, **cond)
+
+    chain, x = discretize(VPSDE(), 5), f64(0.3, -1.0)
+    model = Dropping(VPSDE()).train()
+    expected = chain.sample(GaussianModel(VPSDE()), x, [x] * 5)
+    assert torch.equal(chain.sample(model, x, [x] * 5), expected)
+    assert model.training
+
+
 def test_algorithm_1_is_the_noise_error(device: torch.device, dtype: torch.dtype) -> None:
     sde = VPSDE(0.1, 20.0)
     chain, model = discretize(sde, 50), GaussianModel(sde)

@@ -32,7 +32,7 @@ STANDS_ON: dict[str, list[str]] = {
     "engines": ["spectrum"],
     "metrics": [],
     "sde": ["schedules"],
-    "ddpm": ["sde"],
+    "ddpm": ["denoiser"],
     "grids": ["sde", "text"],
     "denoiser": ["sde"],
     "variance": ["denoiser"],

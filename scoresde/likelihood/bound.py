@@ -25,12 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..denoiser import DATA, NOISE, BaseDenoiser, as_conditions
+from ..denoiser import DATA, NOISE, BaseDenoiser, as_conditions, evaluating
 from ..grids import Grid
 from ..noise import Noise
 from ..schedules import Time, wide
 from ..sde import LinearSDE, like
-from ..solvers.base import evaluating
 from ..variance import half_gain, step_divergence, with_variance
 from .density import bits_per_dim, nodes_from_t_max
 

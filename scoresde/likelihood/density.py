@@ -12,14 +12,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ..denoiser import FLOW, BaseDenoiser
+from ..denoiser import FLOW, BaseDenoiser, evaluating
 from ..grids import Grid
 from ..noise import Noise
 from ..sampling import make_grid
 from ..sde import LinearSDE
 from ..solvers.adaptive_control import Control
 from ..solvers.adaptive_ode import Flow
-from ..solvers.base import evaluating
 from .divergence import Divergence, Exact, Hutchinson
 from .track import Adams, Field
 

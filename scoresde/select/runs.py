@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..denoiser import BaseDenoiser
+from ..denoiser import BaseDenoiser, evaluating
 from ..grids import Grid
 from ..sampling import sample
-from ..solvers.base import Samples, Solver, evaluating
+from ..solvers.base import Samples, Solver
 
 ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]+")  # of a function without a name of its own
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..denoiser import BaseDenoiser
+from ..denoiser import BaseDenoiser, evaluating
 from ..laws import Gaussian, Law
 from ..noise import Noise
 from ..sampling import GridFunction
 from ..sde import LinearSDE
 from ..solvers import from_tableau
-from ..solvers.base import TableSolver, evaluating, execute
+from ..solvers.base import TableSolver, execute
 from ..tableau import Tableau
 from .candidates import GRIDS
 from .measures import FLIP

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..denoiser import FLOW, BaseDenoiser
+from ..denoiser import FLOW, BaseDenoiser, evaluating
 from ..grids import Grid
 from ..sde import LinearSDE, like
 from ..tableau import NoiseSource
 from .adaptive_control import Control, Ledger, State, alone, factor, finite, per_sample
-from .base import Callback, Card, Samples, evaluating
+from .base import Callback, Card, Samples
 
 START = 0.1  # first step, as a part of one at which Euler's rule would meet the tolerance
 EAGER, SMOOTH = 5.0, 1.5  # growth of a step while the order rises, and after

@@ -11,13 +11,13 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from ..denoiser import DATA, BaseDenoiser
+from ..denoiser import DATA, BaseDenoiser, evaluating
 from ..grids import Grid
 from ..noise import Noise
 from ..sde import like
 from ..tableau import NoiseSource
 from .adaptive_control import Control, Ledger, State, alone, factor, finite, per_sample
-from .base import Callback, Card, Samples, evaluating
+from .base import Callback, Card, Samples
 
 SHARE = 0.1  # of the tolerance for one step: the errors of the steps add up
 START = 0.1  # first step in lam

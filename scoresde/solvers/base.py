@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..denoiser import BaseDenoiser, Rows
+from ..denoiser import BaseDenoiser, Rows, evaluating
 from ..grids import Grid
 from ..sde import LinearSDE
 from ..tableau import NoiseSource, Step, Tableau, check_finite, not_finite, run
@@ -186,19 +185,6 @@ def check_calls(calls: int, least: int, solver: object) -> None:
         raise ValueError(
             f"expected at least {least} calls, the cost of one step of {solver}; found {calls!r}"
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode and every part of it back as it was afterwards."""
-    training = [part for part in model.modules() if part.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def from_pair(x: Tensor | Pair) -> Pair:

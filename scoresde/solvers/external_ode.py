@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..denoiser import BaseDenoiser
+from ..denoiser import BaseDenoiser, evaluating
 from ..grids import Grid
 from ..schedules import check_numbers
 from ..sde import LinearSDE
 from ..tableau import NoiseSource, Step
-from .base import Callback, Card, Samples, evaluating
+from .base import Callback, Card, Samples
 
 OK, EXHAUSTED, STUCK, NOT_FINITE = "ok", "call limit reached", "step underflow", "network returned NaN or Inf"
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..denoiser import BaseDenoiser
+from ..denoiser import BaseDenoiser, evaluating
 from ..grids import Grid
 from ..noise import BrownianPath, Noise
 from ..sde import like
 from ..tableau import NoiseSource, Step
-from .base import Callback, Card, Samples, check_calls, evaluating
+from .base import Callback, Card, Samples, check_calls
 from .external_ode import OK, Calls, Halt, checked_control, evaluations, no_noise, one_by_one, status_of
 
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..denoiser import BaseDenoiser
+from ..denoiser import BaseDenoiser, evaluating
 from ..grids import Grid
 from ..sde import LinearSDE, like
 from ..tableau import NoiseSource, Step, Tableau, run
-from .base import Callback, Card, Samples, TableSolver, check_calls, evaluating
+from .base import Callback, Card, Samples, TableSolver, check_calls
 from .onestep import one_step_table
 from .watch import Watch
 from .weights import singular_step

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import BaseDenoiser
+from ..denoiser import BaseDenoiser, evaluating
 from ..grids import Grid
 from ..tableau import NoiseSource, Step
 from ..variance import log_ratio, with_variance
-from .base import Callback, Samples, check_calls, evaluating
+from .base import Callback, Samples, check_calls
 from .onestep import posterior
 from .watch import Watch
 

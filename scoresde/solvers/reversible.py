@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..denoiser import BaseDenoiser, Rows
+from ..denoiser import BaseDenoiser, Rows, evaluating
 from ..grids import Grid
 from ..schedules import check_numbers
 from ..sde import LinearSDE
 from ..tableau import NoiseSource, Step, Tableau, run
-from .base import Callback, Card, Pair, Samples, check_calls, evaluating, from_pair
+from .base import Callback, Card, Pair, Samples, check_calls, from_pair
 from .singlestep import MIDPOINT, STAGES, singlestep_table
 from .watch import Watch
 
