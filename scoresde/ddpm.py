@@ -164,15 +164,18 @@ class DDPM:
 
     @torch.no_grad()
     def _check_process(self, model: BaseDenoiser) -> None:
-        """ValueError for a model of another process, which would take x_i for another noise level."""
-        found = 0.5 * model.sde.log_snr(self.times)
-        known = 0.5 * self.snr.log()
+        """ValueError for a model of another process, which would take x_i for another noise level.
+
+        `log SNR_i = -(B + log(1 - exp(-B)))`, B = -log alpha_bar_i, is finite where alpha_bar_i underflows.
+        """
+        found, B = 0.5 * model.sde.log_snr(self.times), -self.log_alpha_bars
+        known = -0.5 * (B + (-torch.expm1(-B)).log())
         if not torch.allclose(found, known, rtol=0, atol=1e-3):
             i = int((found - known).abs().argmax())
             raise ValueError(
                 f"expected a model on the chain's own process, chain.sde(); found one on {model.sde}, whose "
-                f"alpha/sigma at t = {self.times[i].item():.4g} is {found[i].exp().item():.4g} and not "
-                f"{known[i].exp().item():.4g}"
+                f"log(alpha/sigma) at t = {self.times[i].item():.4g} is {found[i].item():.6g} and not "
+                f"{known[i].item():.6g}"
             )
 
     def respace(self, indices: Sequence[int]) -> DDPM:
@@ -210,7 +213,7 @@ class DDPM:
         """Algorithm 2, as printed, with variance beta_i: from `x_N` (B, ...) to x_0.
 
         `noises[i - 1]` (B, ...) belongs to the step from i to i - 1; that of i = 1 is not used. The model's
-        process is `self.sde()`, and it runs in evaluation mode. `solvers.ddpm()` is the same as a tableau, for
+        process is `self.sde()`; it runs in evaluation mode. `solvers.ddpm()` is the same as a tableau, for
         any grid and either variance.
         """
         self._check_process(model)

@@ -509,3 +509,14 @@ def test_a_model_of_another_process_is_refused() -> None:
     assert abs(float(chain.sample(law.denoiser(chain.sde()), x, noises)[0, 0]) - 2) < 2e-3
     exact = DDPM(VPSDE().betas(50))
     assert bool(exact.sample(law.denoiser(VPSDE()), x, noises).isfinite().all())
+
+
+@pytest.mark.parametrize(("last", "n"), [(0.02, 100_000), (1 - 1e-9, 1000)])
+def test_chains_whose_signal_underflows_know_their_own_process(last: float, n: int) -> None:
+    chain, law = DDPM(torch.linspace(1e-4, last, n, dtype=torch.float64)), laws.Gaussian([2.0], 0.1)
+    assert float(chain.alpha_bars[-1]) == 0
+    x, i = torch.zeros(3, 1, dtype=torch.float64), torch.tensor([1, n // 2, n])
+    assert bool(chain.loss(law.denoiser(chain.sde()), x, i, x).isfinite().all())
+    other = DDPM(chain.betas * (1 - 1e-3)).sde()
+    with pytest.raises(ValueError, match=r"on the chain's own process"):
+        chain.loss(law.denoiser(other), x, i, x)
