@@ -128,6 +128,61 @@ def test_the_dtype_of_the_network_comes_back(tmp_path, dtype):
     )
 
 
+def mixed(seed: int = 0) -> Denoiser:
+    """A bfloat16 network whose last layer is in float32, with digits that bfloat16 lacks."""
+    model = random_model(seed=seed)
+    last = {name: value.clone() for name, value in model.network.out.state_dict().items()}
+    model.to(torch.bfloat16).network.out.float().load_state_dict(last)
+    return model
+
+
+def without_dtypes(description, tensors):
+    del description["dtypes"]
+
+
+def test_the_dtype_of_each_tensor_comes_back(tmp_path):
+    model, average = mixed(), random_model(seed=1)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16, torch.float32}
+    checkpoint.save(tmp_path / "a", model, ema=average)
+    assert same_tensors(checkpoint.load(tmp_path / "a", weights="model"), model)
+    assert same_tensors(checkpoint.load(tmp_path / "a"), average)
+    checkpoint.save(tmp_path / "small", model, dtype=torch.float16)
+    small = checkpoint.load(tmp_path / "small")
+    for p, q in zip(model.parameters(), small.parameters(), strict=True):
+        assert p.dtype == q.dtype and torch.equal(p.half().to(p.dtype), q)
+    for b, c in zip(model.buffers(), small.buffers(), strict=True):
+        assert b.dtype == c.dtype and torch.equal(b, c)
+
+
+def test_files_without_dtypes_of_tensors_load_in_the_one_dtype(tmp_path):
+    checkpoint.save(tmp_path / "a", mixed(), ema=mixed(), training=checkpoint.Training({}, {}))
+    resigned(tmp_path / "a", without_dtypes)
+    assert same_tensors(checkpoint.load(tmp_path / "a"), mixed().to(torch.bfloat16))
+    model, average = mixed(seed=1), mixed(seed=1)
+    checkpoint.restore(tmp_path / "a", model, average)
+    assert same_tensors(model, mixed()) and same_tensors(average, mixed())
+
+
+def test_a_run_is_not_resumed_in_other_dtypes(tmp_path):
+    checkpoint.save(tmp_path / "a", mixed(), ema=mixed(), training=checkpoint.Training({}, {}))
+    model = mixed(seed=1).to(torch.bfloat16)
+    with pytest.raises(
+        CheckpointError, match=r"expected dtypes .*, as in the model given; found .*out\.weight"
+    ):
+        checkpoint.restore(tmp_path / "a", model, model)
+
+
+@pytest.mark.parametrize("name", ["int64", "load", "no_dtype", 3])
+def test_wrong_dtypes_of_tensors_are_refused(tmp_path, name):
+    def change(description, tensors):
+        description["dtypes"] = {"model.out.weight": name}
+
+    checkpoint.save(tmp_path / "a", random_model())
+    resigned(tmp_path / "a", change)
+    with pytest.raises(CheckpointError, match="does not rebuild a model"):
+        checkpoint.load(tmp_path / "a")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_small_file_rounds_parameters_once_and_nothing_else(tmp_path, dtype):
     model = random_model()

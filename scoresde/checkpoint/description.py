@@ -98,7 +98,10 @@ def rebuilding(path: FilePath) -> Iterator[None]:
         ) from error
 
 
-def rebuilt_network(path: FilePath, description: dict[str, Any], tensors: Tensors) -> nn.Module:
+def rebuilt_network(
+    path: FilePath, description: dict[str, Any], tensors: Tensors, dtypes: dict[str, str]
+) -> nn.Module:
+    """The network, in the dtype of the description but for the tensors named in `dtypes`."""
     name, config = description["network"]["class"], description["network"]["config"]
     if name not in networks.__all__ or config is None:
         raise CheckpointError(
@@ -115,7 +118,18 @@ def rebuilt_network(path: FilePath, description: dict[str, Any], tensors: Tensor
     with torch.device("meta"):  # shapes first: no memory is taken for a configuration that does not fit
         check_fit(path, make(**config).state_dict(), tensors)
     with torch.random.fork_rng(devices=[]):
-        return make(**config).to(dtype)
+        return _retyped(make(**config).to(dtype), dtypes)
+
+
+def _retyped(network: nn.Module, dtypes: dict[str, str]) -> nn.Module:
+    """The network with these tensors, parameters or buffers, in dtypes of their own."""
+    tensors = network.state_dict(keep_vars=True)
+    for key, name in dtypes.items():
+        dtype = getattr(torch, name)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"expected a floating dtype for {key}, found {name!r}")
+        tensors[key].data = tensors[key].data.to(dtype)
+    return network
 
 
 def _integers(config: Any) -> Iterator[int]:

@@ -138,7 +138,8 @@ def read_description(path: FilePath, opened: Any) -> dict[str, Any]:
     missing = ENTRIES - description.keys()
     if missing:
         raise CheckpointError(f"{path}: expected a complete description, found none of {sorted(missing)}")
-    return {"denoiser": "Denoiser", **description}  # which files from before there were others do not say
+    # What files from before there were other denoisers, and dtypes of single tensors, do not say.
+    return {"denoiser": "Denoiser", "dtypes": None, **description}
 
 
 def _check_signature(path: FilePath, file: BinaryIO) -> None:

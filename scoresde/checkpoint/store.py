@@ -28,6 +28,7 @@ from .files import (
 from .tensors import (
     check_finite,
     check_fit,
+    dtypes,
     group,
     grouped,
     load_strictly,
@@ -58,7 +59,7 @@ def save(
     """Write `model`, and if given its average `ema` and the state of its training, to one file, atomically.
 
     dtype     store the network's parameters in this dtype, for a smaller file; they are converted back at
-              loading. Buffers and schedules stay exact
+              loading, each to the dtype it had. Buffers and schedules stay exact
     metadata  anything JSON can hold; `describe(path)["metadata"]` gives it back
 
     Raises CheckpointError if a weight is not finite, if something has no description, or if the file cannot
@@ -78,6 +79,7 @@ def save(
     description = {
         "version": VERSION,
         **described(model),
+        "dtypes": _dtypes(model, ema),
         "ema": ema is not None,
         "training": None if training is None else training.values,
         "metadata": dict(metadata or {}),
@@ -88,6 +90,12 @@ def save(
     check_finite(path, tensors)
     tensors |= grouped("training", {} if training is None else training.tensors)
     write(Path(os.path.realpath(path)), serialize(tensors, description))
+
+
+def _dtypes(model: Denoiser, ema: Denoiser | None) -> dict[str, str]:
+    """Tensors that are not in the model's dtype, such as norms kept in float32, and the dtypes they have."""
+    average = {} if ema is None else dtypes(ema, model.dtype)
+    return grouped("model", dtypes(model, model.dtype)) | grouped("ema", average)
 
 
 def load(
@@ -114,7 +122,9 @@ def load(
         )
     check_finite(path, {key: value for key, value in tensors.items() if not key.startswith("training.")})
     with rebuilding(path):
-        network = rebuilt_network(path, description, group(tensors, kind)) if network is None else network
+        own = group(description["dtypes"] or {}, kind)
+        if network is None:
+            network = rebuilt_network(path, description, group(tensors, kind), own)
         sde = rebuilt_sde(path, description["sde"], group(tensors, "schedule"))
         predicts = rebuilt_prediction(description["predicts"])
         make = DENOISERS[description["denoiser"]]
@@ -126,8 +136,8 @@ def load(
 
 
 def describe(path: FilePath) -> dict[str, Any]:
-    """The description in the file: denoiser, network, sde, predicts, time_input, dtype, ema, training,
-    metadata. Raises like `load`.
+    """The description in the file: denoiser, network, sde, predicts, time_input, dtype, dtypes (of tensors
+    that are in another one), ema, training, metadata. Raises like `load`.
     """
     with reading(path) as opened:
         return read_description(path, opened)
@@ -138,7 +148,10 @@ def restore(path: FilePath, model: Denoiser, ema: Denoiser) -> Training:
     like `load`, and if the model in the file is another.
     """
     description, tensors = read(path)
-    for key, expected in json.loads(json.dumps(described(model))).items():
+    given = json.loads(json.dumps(described(model)))
+    if description["dtypes"] is not None:
+        given["dtypes"] = _dtypes(model, ema)
+    for key, expected in given.items():
         if description[key] != expected:
             wanted, found = reprlib.repr(expected), reprlib.repr(description[key])
             raise CheckpointError(

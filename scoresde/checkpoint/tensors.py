@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 from ..sde import LinearSDE
 from .files import CheckpointError, FilePath, Tensors
+
+T = TypeVar("T")
 
 
 def plain(network: nn.Module) -> nn.Module:
@@ -23,17 +26,26 @@ def network_tensors(model: Denoiser, dtype: torch.dtype | None) -> Tensors:
     return {key: value.to(dtype) if key in small else value for key, value in network.state_dict().items()}
 
 
+def dtypes(model: Denoiser, usual: torch.dtype) -> dict[str, str]:
+    """Names of the dtypes of those floating tensors of the network that are not in the `usual` one."""
+    return {
+        key: str(value.dtype).removeprefix("torch.")
+        for key, value in network_tensors(model, None).items()
+        if value.is_floating_point() and value.dtype != usual
+    }
+
+
 def schedule_tensors(sde: LinearSDE) -> Tensors:
     schedule = getattr(sde, "schedule", None)
     return dict(schedule.state_dict()) if isinstance(schedule, nn.Module) else {}
 
 
-def grouped(name: str, tensors: Tensors) -> Tensors:
+def grouped(name: str, tensors: Mapping[str, T]) -> dict[str, T]:
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
 
-def group(tensors: Tensors, name: str) -> Tensors:
-    """The tensors called `name.*`, without that prefix."""
+def group(tensors: Mapping[str, T], name: str) -> dict[str, T]:
+    """The entries called `name.*`, without that prefix."""
     return {
         key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
     }
