@@ -520,6 +520,7 @@ def test_wrong_calls(kind, config, device, dtype, unchecked):
         (lambda: net(x, time, label[:2], vector), "label: expected integers"),
         (lambda: net(x, time, label.to(dtype), vector), "label: expected integers"),
         (lambda: net(x, time, label > 0, vector), "label: expected integers"),
+        (lambda: net(x, time, label + 0j, vector), "label: expected integers"),
         (lambda: net(x, time, label), r"vector: expected shape \(3, 3\).*found None"),
         (lambda: net(x, time, label, vector[:, :2]), r"vector: expected shape.*found \(3, 2\)"),
         (lambda: plain(x, time, label), "label: this network has no classes"),
@@ -534,6 +535,18 @@ def test_wrong_calls(kind, config, device, dtype, unchecked):
         for wrong in (-2, 5):
             with pytest.raises(ValueError, match=f"from -1 .no class. to 4, found .*{wrong}"):
                 net(x, time, torch.tensor([0, wrong, 1]), vector)
+
+
+@BOTH
+@pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_labels_of_any_integer_dtype(kind, config, integer, device, unchecked):
+    net = build(kind, config, device, torch.float64)
+    x, time, label, vector = batch(config, 3, device, torch.float64)
+    label = label.abs()
+    assert torch.equal(net(x, time, label.to(integer), vector), net(x, time, label, vector))
+    if device.type == "cpu":  # a GPU asserts in its kernel
+        with pytest.raises(ValueError, match="to 4, found 0 to 127"):
+            net(x, time, torch.tensor([0, 127, 1]).to(integer), vector)
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), levels=st.integers(1, 4))

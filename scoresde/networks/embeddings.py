@@ -173,11 +173,13 @@ class Conditioning(nn.Module):
                 f"label: expected a tensor of integers of shape ({batch},), found {label!r}; give "
                 f"torch.full(({batch},), label)."
             )
-        if label.shape != (batch,) or label.is_floating_point() or label.dtype == torch.bool:
+        fractional = label.is_floating_point() or label.is_complex()
+        if label.shape != (batch,) or fractional or label.dtype == torch.bool:
             raise ValueError(
                 f"label: expected integers of shape ({batch},), "
                 f"found {label.dtype} of shape {tuple(label.shape)}."
             )
+        label = label.long()  # unsigned integers have no -1, and narrow ones no index
         on_host = label.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_host and bool(((label < -1) | (label >= cast(int, self.classes))).any()):
             raise ValueError(
