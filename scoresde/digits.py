@@ -213,9 +213,9 @@ def compare(
 ) -> tuple[list[Row], list[Step]]:
     """n samples from each of SAMPLERS, from the same seed, beside real digits and a Gaussian.
 
-    And how the first one got there: eleven steps and the end, for three of its samples.
+    And how the first one got there: eleven steps and the end, for three of its samples (or all n).
     """
-    examiner, label = Examiner(data), labels(n)
+    examiner, label, shown = Examiner(data), labels(n), _shown(n)
     real = data.held_out.x[_one_of_each(data.held_out.label, label)]
     normal = gaussian(data.train, n, seed)
     rows = [Row(REAL, 0, 0.0, examiner.floor(), real), Row(GAUSSIAN, 0, 0.0, examiner(normal, label), normal)]
@@ -230,12 +230,12 @@ def compare(
             end=sampler.end,
             seed=seed,
             condition={"label": label.to(model.device)},
-            callback=None if frames else partial(_frame, sampler.steps),
+            callback=None if frames else partial(_frame, sampler.steps, shown),
             progress=progress,
         )
         frames = frames or [
             *drawn.path,
-            Step(sampler.steps, drawn.end, drawn.x[_SHOWN].cpu(), drawn.x[_SHOWN].cpu()),
+            Step(sampler.steps, drawn.end, drawn.x[shown].cpu(), drawn.x[shown].cpu()),
         ]
         rows.append(
             Row(sampler.name, drawn.network_calls, drawn.seconds, examiner(drawn.x, label), drawn.x.cpu())
@@ -243,14 +243,17 @@ def compare(
     return rows, frames
 
 
-_SHOWN = slice(3, 6)
+def _shown(n: int) -> slice:
+    """Three of n samples: those from the fourth on if there are as many, else the last, or all."""
+    start = max(0, min(3, n - 3))
+    return slice(start, start + 3)
 
 
-def _frame(steps: int, step: Step) -> Step | None:
+def _frame(steps: int, shown: slice, step: Step) -> Step | None:
     """The step, for the samples shown, if it is one of eleven spread over the way."""
     if step.k not in torch.linspace(0, steps - 1, 11).round().tolist():
         return None
-    return Step(step.k, step.t, step.x[_SHOWN].cpu(), step.denoised[_SHOWN].cpu())
+    return Step(step.k, step.t, step.x[shown].cpu(), step.denoised[shown].cpu())
 
 
 def _one_of_each(found: Tensor, wanted: Tensor) -> Tensor:

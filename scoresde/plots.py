@@ -48,12 +48,18 @@ def trajectory(
 ) -> Figure:
     """How n samples take shape: for each a row of states `x_t` above one of `E[x_0 | x_t]`, at k times.
 
-    Pixels in [-1, 1], clipped. Raises ValueError for shapes that do not fit, ImportError without matplotlib.
+    Pixels in [-1, 1], clipped. Raises ValueError for shapes that do not fit or that hold no image,
+    ImportError without matplotlib.
     """
     if not len(times) == len(states) == len(denoised) or states.shape != denoised.shape:
         raise ValueError(
             f"expected as many states and denoised images as the {len(times)} times, "
             f"found shapes {tuple(states.shape)} and {tuple(denoised.shape)}"
+        )
+    if not len(states) or not states.shape[1]:
+        raise ValueError(
+            f"expected at least one time and one sample, found states of shape {tuple(states.shape)}; "
+            "record a sample that the batch has"
         )
     pairs = [(states[:, i], denoised[:, i]) for i in range(states.shape[1])]
     images = [list(row) for pair in pairs for row in pair]

@@ -106,6 +106,21 @@ def test_two_steps_of_training(data: digits.Digits):
 QUALITY = Quality(accuracy=0.95, energy_distance=0.3, nearest=0.9, copies=0.02)
 
 
+@pytest.mark.parametrize(("n", "classes"), [(2, [0, 1]), (3, [0, 1, 2]), (4, [1, 2, 3]), (9, [3, 4, 5])])
+def test_frames_show_some_of_however_few_samples(
+    data: digits.Digits,
+    examiner: digits.Examiner,
+    monkeypatch: pytest.MonkeyPatch,
+    n: int,
+    classes: list[int],
+):
+    monkeypatch.setattr(digits, "SAMPLERS", (replace(digits.SAMPLERS[0], steps=12),))
+    monkeypatch.setattr(digits, "Examiner", lambda _: examiner)
+    rows, frames = digits.compare(digits.denoiser(), data, n)
+    assert len(frames) == 12 and all(frame.x.shape == frame.denoised.shape for frame in frames)
+    assert frames[-1].x.equal(rows[-1].x[classes])
+
+
 @pytest.mark.parametrize(
     ("change", "missed"),
     [

@@ -97,6 +97,9 @@ def test_what_cannot_be_drawn(unchecked: None):
         plots.trajectory([1.0, 0.0], torch.zeros(3, 1, 1, 8, 8), torch.zeros(3, 1, 1, 8, 8))
     with pytest.raises(ValueError, match="the 3 times"):
         plots.trajectory([1.0, 0.5, 0.0], torch.zeros(3, 1, 1, 8, 8), torch.zeros(3, 2, 1, 8, 8))
+    for shape in [(0, 2, 1, 8, 8), (3, 0, 1, 8, 8)]:
+        with pytest.raises(ValueError, match=r"at least one time and one sample, found states of shape"):
+            plots.trajectory([1.0] * shape[0], torch.zeros(shape), torch.zeros(shape))
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch):
