@@ -39,7 +39,7 @@ LABELS = torch.arange(50) % 3
 def random_model(sde: LinearSDE | None = None, seed: int = 0, predicts="noise", **options) -> Denoiser:
     """An MLP with random weights everywhere (a new network is zero at its end)."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = MLP(3, hidden=8, layers=1, embedding="fourier", **options)
         for p in network.parameters():
             p.normal_()
@@ -325,7 +325,7 @@ def full_disk(path: Path, limits: Sequence[int]) -> list[str]:
 
 def new_model(dropout: float = 0.2, dtype: torch.dtype = torch.float32, classes: int | None = 3) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         network = MLP(2, hidden=16, layers=1, dropout=dropout, classes=classes)
         with torch.no_grad():
             for p in network.parameters():

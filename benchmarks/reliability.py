@@ -84,7 +84,7 @@ def elementwise() -> Function:
 
 def network(kind: str) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         made: nn.Module = networks.MLP(3, hidden=64, layers=2)
         if kind == "UNet":
             made = networks.UNet(1, base=8, multipliers=(1, 2), blocks=1, heads=2)

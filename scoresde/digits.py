@@ -66,7 +66,7 @@ def denoiser(seed: int = 0) -> Denoiser:
     arXiv:2206.00364).
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed a GPU's generator for good
         network = networks.UNet(
             1, base=24, multipliers=(1, 2, 2), blocks=1, dropout=0.25, classes=CLASSES, time_input="log_snr"
         )

@@ -95,6 +95,16 @@ def test_the_model_is_a_function_of_the_seed_alone():
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
 
 
+def test_making_the_model_seeds_no_generator_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    digits.denoiser(0)
+    assert not seeds
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)  # what is watched is what torch calls
+    assert seeds == [3]
+
+
 def test_two_steps_of_training(data: digits.Digits):
     run = digits.training(digits.denoiser(), data.train, steps=2, batch_size=8, every=1)
     losses = [progress.loss for progress in run]

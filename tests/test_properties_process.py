@@ -536,7 +536,7 @@ def test_p24_weighting_by_sigma_squared_is_the_error_of_the_noise(
 
 def new_fit(seed: int, predicts: str, time_input: str, **options) -> train.Run:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = MLP(2, hidden=8, layers=1, dropout=options.pop("dropout", 0.0), time_input=time_input)
         for p in network.parameters():
             p.data += 0.1 * torch.randn(p.shape)

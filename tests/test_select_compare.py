@@ -63,7 +63,7 @@ class Counting(torch.nn.Module):
     def __init__(self, stop_at: int | None = None) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             self.inner = MLP(2, 8, 1)
         self.calls, self.stop_at = 0, stop_at
 
