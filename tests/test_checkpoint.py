@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -382,6 +383,26 @@ def test_a_temporary_file_that_is_being_written_is_left_alone(tmp_path):
         assert os.path.exists(writer.name)
     checkpoint.save(path, random_model())
     assert not os.path.exists(writer.name)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="advisory locks are POSIX")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EIO], ids=errno.errorcode.get)
+def test_file_systems_without_locks_take_files_too(tmp_path, monkeypatch, number):
+    import fcntl
+
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    stale = tmp_path / ".a.0123abcd.tmp"
+    stale.touch()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if number == errno.EIO:
+        with pytest.raises(CheckpointError, match="could not be written"):
+            checkpoint.save(tmp_path / "a", random_model())
+    else:
+        checkpoint.save(tmp_path / "a", random_model())
+        assert same_tensors(checkpoint.load(tmp_path / "a"), random_model())
+    assert stale.exists()  # somebody may be writing it
 
 
 @pytest.mark.skipif(os.name != "posix", reason="resource limits are POSIX")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -70,9 +71,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            if fcntl is not None:
-                # Held for as long as this process lives and writes.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _hold(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -86,6 +85,19 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _hold(file: BinaryIO) -> None:
+    """Lock a file for as long as this process lives and writes it, where its file system has locks.
+
+    Where it has none, `_sweep` gets none either and leaves every temporary file.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
 
 
 def _sweep(path: Path) -> None:
