@@ -152,7 +152,10 @@ class Cosine:
         c = -torch.expm1(-B / 2)  # = 2 sin^2(d/2) + tan(u0) sin(d); a quadratic in w = tan(d/2)
         slope = math.tan(self._start)
         root = (slope**2 + c * (2 - c)).sqrt()
-        return 2 * (c / (slope + root).clamp_min(torch.finfo(torch.float64).tiny)).atan() / self._rate
+        t = 2 * (c / (slope + root).clamp_min(torch.finfo(torch.float64).tiny)).atan() / self._rate
+        # An angle is known to some eps pi/2, which may be more than what is left between u(1) and pi/2.
+        rounding = 4 * torch.finfo(torch.float64).eps * (math.pi / 2) / self._rate
+        return torch.where(t <= 1 + rounding, t.clamp(max=1), t)
 
 
 @dataclass(frozen=True)

@@ -446,6 +446,24 @@ def test_log_snr_ends_where_stated_also_where_signal_is_left(log_snr_min: float)
         assert close_to == pytest.approx(log_snr_min, rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.parametrize("s", [0.0, 0.008, 0.1, 1.0, 5.0, 100.0])
+@pytest.mark.parametrize("log_snr_min", [-699.0, -300.0, -80.0, -70.0, -40.0, -10.0])
+def test_time_of_a_cosines_end_is_not_beyond_it(s: float, log_snr_min: float) -> None:
+    schedule = Cosine(s, log_snr_min)
+    sde = VPSDE(schedule=schedule)
+    end = torch.stack([sde.time(log_snr_min), schedule.time(schedule.B(f64(1.0)))[0]])
+    assert bool((end <= 1).all()) and bool((end > 1 - 1e-13).all())
+    assert bool((schedule.B(end) > 0).all()) and bool((schedule.beta(end) > 0).all())
+
+
+def test_what_lies_beyond_a_cosine_stays_there() -> None:
+    schedule = Cosine()
+    beyond = schedule.time(f64(float(schedule.B(f64(1.0))) + 1e-9, 30.0, math.inf))
+    assert bool((beyond.diff() > 0).all()) and 1 + 1e-12 < float(beyond[0]) < 1 + 1e-11
+    with pytest.raises(ValueError, match="t <= 1, where this process ends"):
+        schedule.B(beyond[1:])
+
+
 def test_extreme_but_legal_arguments() -> None:
     assert Linear(0.0, 1e-3).B(f64(1.0)) == 5e-4
     assert Cosine(0.0, 9.9).B(f64(1.0)) > 0
