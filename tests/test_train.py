@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import damage
 from benchmarks.damage import LABELS, X, differing, losses_of, new_fit, new_model, stopped_and_resumed
 from scoresde import checkpoint, losses, networks, train
 from scoresde.checkpoint import CheckpointError
@@ -288,6 +289,90 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="SHA-256"):
         new_fit(resume=tmp_path / "a")
+
+
+class Two(nn.Module):
+    """A network of two layers, one of which `forward` does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x, time):
+        return self.first(x)
+
+
+def two(frozen: bool = False, compiled: bool = False) -> Denoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Two()
+    network.first.weight.requires_grad_(not frozen)
+    return Denoiser(torch.compile(network, backend="eager") if compiled else network, VPSDE())
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({"frozen": True}, {"frozen": True}),
+        ({}, {}),
+        ({"compiled": True}, {}),
+        ({}, {"compiled": True}),
+        ({"compiled": True}, {"compiled": True}),
+    ],
+    ids=["frozen", "unused", "compiled to plain", "plain to compiled", "compiled"],
+)
+def test_only_what_was_trained_has_a_state_of_the_optimiser_to_resume(tmp_path, before, after):
+    run = new_fit(two(**before), X.float())
+    next(run)
+    run.save(tmp_path / "a")
+    resumed = new_fit(two(**after), X.float(), resume=tmp_path / "a")
+    list(run), list(resumed)
+    pairs = zip(run.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    assert run.state().tensors.keys() == resumed.state().tensors.keys()
+
+
+def test_names_of_files_written_by_compiled_models_before_are_read(tmp_path):
+    run = new_fit(two(), X.float())
+    next(run)
+    run.save(tmp_path / "a")
+
+    def wrapped(description, tensors):
+        for key in [key for key in tensors if key.startswith("training.optimizer.network.")]:
+            tensors[key.replace("network.", "network._orig_mod.")] = tensors.pop(key)
+
+    damage.resigned(tmp_path / "a", wrapped)
+    resumed = new_fit(two(), X.float(), resume=tmp_path / "a")
+    assert_same(resumed, run)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda _, t: t.update({"training.noise": torch.zeros(16, dtype=torch.uint8)}), "on cpu; found"),
+        (lambda _, t: t.update({"training.inside.cpu": torch.zeros(16, dtype=torch.uint8)}), "on cpu; found"),
+        (lambda _, t: t.__delitem__("training.clock"), "KeyError: 'clock'"),
+        (lambda _, t: t.__delitem__("training.optimizer.network.first.bias.exp_avg"), "first.bias.exp_avg"),
+        (lambda _, t: t.update({"training.optimizer.network.first.bias.exp_avg": torch.zeros(3)}), "shape"),
+        (lambda _, t: t.update({"training.optimizer.network.third.step": torch.zeros(())}), "found .*third"),
+        (lambda d, _: d["training"].__delitem__("position"), "KeyError: 'position'"),
+        (lambda d, _: d["training"].__delitem__("settings"), "KeyError: 'settings'"),
+    ],
+    ids=["noise", "inside", "no clock", "no average", "shape", "no such parameter", "position", "settings"],
+)
+def test_a_state_that_does_not_fit_changes_nothing(tmp_path, change, message):
+    run = new_fit(two(), X.float())
+    next(run)
+    run.save(tmp_path / "a")
+    damage.resigned(tmp_path / "a", change)
+    model = two()
+    weights = [p.detach().clone() for p in model.parameters()]
+    fresh = new_fit(model, X.float())
+    for restore in (fresh.restore, lambda path: new_fit(model, X.float(), resume=path)):
+        with pytest.raises(CheckpointError, match=message):
+            restore(tmp_path / "a")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    assert_same(fresh, new_fit(two(), X.float()))
 
 
 def test_a_file_is_written_when_asked_and_holds_the_average(tmp_path):

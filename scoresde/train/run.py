@@ -18,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from .. import checkpoint, losses
 from ..denoiser import Denoiser
 from .data import Batches, Condition, Data
+from .resuming import Resumed, generator, optimizer_state, optimizer_tensors, reading_state
 from .surroundings import FilePath, Output, Randomness, held_interrupts
 
 Parts = tuple[nn.Module, losses.Times, losses.Draw]
@@ -278,8 +279,7 @@ class Run(Iterator[Progress]):
             "noise": self.noise.get_state(),
             "order": self.data.before_epoch,
         }
-        for name, p in self.model.named_parameters():
-            tensors |= {f"optimizer.{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
+        tensors |= optimizer_tensors(self.model, self.optimizer)
         values = {
             "step": self.step,
             "seconds": self.seconds,
@@ -291,23 +291,45 @@ class Run(Iterator[Progress]):
         return checkpoint.Training(tensors, values)
 
     def restore(self, path: FilePath) -> None:
-        """Go on from `path`. Raises CheckpointError if it holds no such run, ValueError if it is one on other
-        batches.
+        """Go on from `path`, all or nothing. Raises CheckpointError if it holds no such run, ValueError if it
+        is one on other batches.
         """
-        self._check_same_batches(path)
-        tensors, values = checkpoint.restore(path, self.model, self.ema)
-        self.step, self.seconds = values["step"], values["seconds"]
+        device = self.noise.device
+        with reading_state(path, device):
+            self._check_same_batches(path)
+        rehearsed = copy.deepcopy(self.ema)  # everything is checked before a weight changes
+        tensors, values = checkpoint.restore(path, rehearsed, rehearsed)
+        del rehearsed
+        with reading_state(path, device):
+            state = self._read(path, tensors, values)
+        checkpoint.restore(path, self.model, self.ema)
+        self._go_on(state)
+
+    def _read(self, path: FilePath, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Resumed:
+        for name in self.inside.state:
+            generator(self.noise.device if name == "cuda" else "cpu", tensors[f"inside.{name}"])
+        return Resumed(
+            step=int(values["step"]),
+            seconds=float(values["seconds"]),
+            tally={k: tensors[f"tally.{k}"].reshape(()).to(mine) for k, mine in self.tally.items()},
+            clock=generator("cpu", tensors["clock"]),
+            noise=generator(self.noise.device, tensors["noise"]),
+            inside={name: tensors[f"inside.{name}"] for name in self.inside.state},
+            order=generator("cpu", tensors["order"]).get_state(),
+            position=int(values["position"]),
+            optimizer=optimizer_state(path, self.model, tensors),
+            scaler=values["scaler"],
+        )
+
+    def _go_on(self, state: Resumed) -> None:
+        self.step, self.seconds = state.step, state.seconds
         for name, value in self.tally.items():
-            value.copy_(tensors[f"tally.{name}"])
-        self.clock.set_state(tensors["clock"])
-        self.noise.set_state(tensors["noise"])
-        self.inside.state = {name: tensors[f"inside.{name}"] for name in self.inside.state}
-        self.data.go_to(tensors["order"], values["position"])
-        for name, p in self.model.named_parameters():
-            entries = {k: tensors[f"optimizer.{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {k: _placed(value, p) for k, value in entries.items()}
-        if self.accelerator.scaler is not None and values["scaler"]:
-            self.accelerator.scaler.load_state_dict(values["scaler"])
+            value.copy_(state.tally[name])
+        self.clock, self.noise, self.inside.state = state.clock, state.noise, state.inside
+        self.data.go_to(state.order, state.position)
+        self.optimizer.state.update(state.optimizer)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
 
     def _check_same_batches(self, path: FilePath) -> None:
         saved = checkpoint.describe(path)["training"]
@@ -347,13 +369,6 @@ class Objective(nn.Module):
 
     def forward(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.loss(self.model, x0, eps, t, self.weight, **cond)
-
-
-def _placed(value: Tensor, p: Tensor) -> Tensor:
-    """A tensor of the optimiser where and as it makes it: in the layout of its parameter."""
-    if value.shape == p.shape:
-        return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
-    return value.to(p.device)
 
 
 def _seeds(seed: int, n: int) -> list[int]:
