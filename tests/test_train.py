@@ -105,6 +105,57 @@ def test_average_of_constant_weights_in_closed_form():
         torch.testing.assert_close(p.detach(), 0.9**25 * q + (1 - 0.9**25) * 2.0, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_average_of_narrow_weights_is_kept_in_float32(tmp_path, dtype):
+    """Weights at 1 + h from 1 on, where (1 - d) h is far below the spacing of the dtype: d^n in closed form;
+    also through a file, and from one that has no accumulator, where the rounded average is all there is.
+    """
+    n, decay = 200, 0.999
+
+    def averaged(run: train.Run) -> train.Run:
+        run.step = 10**6  # where the decay is warm
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.fill_(1.25)
+        for _ in range(n):
+            run._average()
+        return run
+
+    def started(**options) -> train.Run:
+        model = new_model(0.0, dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(1.0)
+        return new_fit(model, (X.to(dtype), LABELS), steps=10**7, ema_decay=decay, **options)
+
+    expected = 1.25 - 0.25 * decay**n
+    run = averaged(started())
+    for p, wide in zip(run.ema.parameters(), run.average, strict=True):
+        assert p.dtype == dtype and wide.dtype == torch.float32
+        torch.testing.assert_close(wide, torch.full_like(wide, expected), rtol=1e-5, atol=0)
+        assert torch.equal(p.detach(), wide.to(dtype))
+    run.save(tmp_path / "a")
+    resumed = started(resume=tmp_path / "a")
+    assert_same(resumed, run)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.average, run.average, strict=True))
+
+    def older(_, tensors):
+        for key in [key for key in tensors if key.startswith("training.average.")]:
+            del tensors[key]
+
+    damage.resigned(tmp_path / "a", older)
+    resumed = started(resume=tmp_path / "a")
+    for p, wide in zip(run.ema.parameters(), resumed.average, strict=True):
+        assert torch.equal(p.detach().float(), wide)
+
+
+def test_averages_of_wide_weights_have_no_copy():
+    run = new_fit()
+    pairs = zip(run.average, run.ema.parameters(), strict=True)
+    assert all(wide is p for wide, p in pairs)
+    assert not any(name.startswith("average") for name in run.state().tensors)
+
+
 def test_learning_rate_and_decay_by_hand():
     s = train.Settings(100, lr=2.0, warmup=10)
     assert [s.learning_rate(k) for k in (1, 5, 10, 11, 100)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class Resumed(NamedTuple):
     order: Tensor
     position: int
     optimizer: dict[Tensor, ParameterState]
+    average: list[Tensor | None]
     scaler: dict[str, Any] | None
 
 
@@ -80,8 +81,34 @@ def optimizer_state(
     state: dict[Tensor, ParameterState] = {}
     for name, p in named.items():
         if p.requires_grad and any(f"{name}.{key}" in given for key in ADAM):
-            state[p] = {key: _placed(f"{name}.{key}", given[f"{name}.{key}"], p) for key in ADAM}
+            state[p] = {key: _placed(f"{name}.{key}", given[f"{name}.{key}"], p) for key in ADAM[1:]}
+            state[p]["step"] = given[f"{name}.step"].reshape(()).to(p.device)
     return state
+
+
+def average_tensors(ema: nn.Module, average: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The accumulators that are wider than the average's parameters; the others are its weights."""
+    return {
+        f"average.{_plain(name)}": wide
+        for (name, p), wide in zip(ema.named_parameters(), average, strict=True)
+        if wide.dtype != p.dtype
+    }
+
+
+def average_state(ema: nn.Module, tensors: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """The inverse of `average_tensors`; None where the file has no accumulator, as files written before
+    there were any.
+    """
+    given = {_plain(key): value for key, value in tensors.items() if key.startswith("average.")}
+    named = [(f"average.{_plain(name)}", p) for name, p in ema.named_parameters()]
+    return [
+        _placed(name, given[name].float(), p) if narrow(p) and name in given else None for name, p in named
+    ]
+
+
+def narrow(p: Tensor) -> bool:
+    """Whether an average in its dtype would lose small changes."""
+    return p.dtype.itemsize < 4
 
 
 def _plain(name: str) -> str:
@@ -90,9 +117,7 @@ def _plain(name: str) -> str:
 
 
 def _placed(name: str, value: Tensor, p: Tensor) -> Tensor:
-    """A tensor of the optimiser where and as it makes it: in the layout of its parameter."""
-    if name.endswith(".step"):
-        return value.reshape(()).to(p.device)
+    """A tensor of a parameter's size where and as the run makes it: in the layout of the parameter."""
     if value.shape != p.shape:
         raise RuntimeError(f"{name} has the shape {tuple(value.shape)}, its parameter {tuple(p.shape)}")
     return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
