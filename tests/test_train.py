@@ -486,6 +486,87 @@ def test_a_second_ctrl_c_is_raised_at_once():
     assert run.step == 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class Normed(nn.Module):
+    """A network with dropout, which draws from the global generator, and buffers that every call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.linear = nn.BatchNorm1d(2), nn.Dropout(0.3), nn.Linear(2, 2)
+
+    def forward(self, x, time):
+        return self.linear(self.drop(self.norm(x)))
+
+
+def normed() -> Denoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Denoiser(Normed(), VPSDE())
+
+
+@pytest.mark.parametrize("place", ["forward", "backward", "clip", "optimizer"])
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_a_step_that_is_broken_off_is_done_again(tmp_path, monkeypatch, place, at):
+    """By the same run and by one resumed from its file: both end where a run that was not disturbed ends."""
+    options = {"clip": None, "save_every": 5}
+    whole = new_fit(normed(), X.float(), path=tmp_path / "whole", **options)
+    list(whole)
+    model = normed()
+    run = new_fit(model, X.float(), path=tmp_path / "a", **options)
+    owner, name = {
+        "forward": (run.data, "next"),
+        "backward": (run.accelerator, "backward"),
+        "clip": (run.accelerator, "clip_grad_norm_"),
+        "optimizer": (run.stepper, "step"),
+    }[place]
+    original, calls = getattr(owner, name), []
+
+    def breaking(*args):
+        calls.append(None)
+        if len(calls) == at and place == "optimizer":
+            raise KeyboardInterrupt
+        result = original(*args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, breaking)
+        with pytest.raises(KeyboardInterrupt):
+            list(run)
+    assert run.step == at - 1 and all(p.grad is None for p in model.parameters())
+    run.save(tmp_path / "a")
+    resumed = new_fit(normed(), X.float(), resume=tmp_path / "a", **options, path=tmp_path / "b")
+    for each in (run, resumed):
+        list(each)
+        assert_same(each, whole)
+
+
+def test_a_second_ctrl_c_does_not_part_an_update(monkeypatch):
+    whole, run = new_fit(), new_fit()
+    average = run._average
+
+    def interrupting():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        average()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_average", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            next(run)
+    assert run.step == 1
+    list(run), list(whole)
+    assert_same(run, whole)
+
+
+def test_gradients_from_before_do_not_enter():
+    model, clean = new_model(), new_fit()
+    run = new_fit(model)
+    model.raw(X.float(), torch.full((50,), 0.5)).sum().backward()
+    list(run), list(clean)
+    assert_same(run, clean)
+
+
 def test_other_threads_and_other_handlers_are_left_alone():
     runs: list[train.Run] = []
     thread = threading.Thread(target=lambda: runs.append(run) if list(run := new_fit()) else None)

@@ -139,7 +139,7 @@ class Run(Iterator[Progress]):
         )
         self.model, self.settings, self.accelerator, self.output = model, settings, accelerator, output
         objective, self.times, self.draw = parts
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.updating = 0, 0.0, False
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.averaged = list(self.ema.parameters()), list(model.parameters())
         self.average = self._accumulators()
@@ -168,7 +168,7 @@ class Run(Iterator[Progress]):
             self.close()
             raise StopIteration
         start, first = time.perf_counter(), self.step
-        with held_interrupts() as interrupted, self._training_mode():
+        with held_interrupts(lambda: self.updating) as interrupted, self._training_mode():
             self._train_step()
             while not (self._at_record() or interrupted()):
                 self._train_step()
@@ -191,6 +191,17 @@ class Run(Iterator[Progress]):
         self.output.end(self)
 
     def _train_step(self) -> None:
+        """One step, or none: what breaks it off leaves the run, if not the tally, as it was at its start."""
+        start = self._place()
+        try:
+            self.optimizer.zero_grad()  # what the caller's own backward passes have left
+            self._update(*self._gradient())
+        except BaseException:
+            self._go_back(*start)
+            raise
+
+    def _gradient(self) -> tuple[Tensor, Tensor]:
+        """The loss of the next batch and the norm of its gradient, which the parameters hold."""
         x0, cond = self.data.next()
         t = self.times(self.model.sde, self.draw(len(x0), self.clock)).to(x0.device, non_blocking=True)
         eps = torch.randn(x0.shape, generator=self.noise, dtype=x0.dtype, device=x0.device)
@@ -199,13 +210,39 @@ class Run(Iterator[Progress]):
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         loss = self.objective(x0[mine], eps[mine], t[mine], {k: v[mine] for k, v in cond.items()}).mean()
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
-        self._update(loss.detach(), norm)
+        return loss.detach(), self.accelerator.clip_grad_norm_(
+            self.parameters, self.settings.clip or math.inf
+        )
+
+    def _place(self) -> tuple[Any, ...]:
+        """Where the run stands, between steps."""
+        data = self.data.before_epoch, self.data.position
+        return self.step, self.clock.get_state(), self.noise.get_state(), data, self.inside.now()
+
+    def _go_back(
+        self, step: int, clock: Tensor, noise: Tensor, data: tuple[Tensor, int], inside: dict[str, Tensor]
+    ) -> None:
+        """To a place, so that the step that is broken off is done again with the same numbers."""
+        self.step = step
+        self.clock.set_state(clock)
+        self.noise.set_state(noise)
+        self.data.go_to(*data)
+        self.inside.put(inside)
+        self.optimizer.zero_grad()
+        for its, theirs in self.buffers:  # the average has those of the last whole step
+            theirs.copy_(its)
 
     def _update(self, loss: Tensor, norm: Tensor) -> None:
-        """Optimiser and average. A step that is not finite is skipped on the device, without a look from the
-        host.
+        """Optimiser and average, which no Ctrl-C parts. A step that is not finite is skipped on the device,
+        without a look from the host.
         """
+        self.updating = True
+        try:
+            self._updated(loss, norm)
+        finally:
+            self.updating = False
+
+    def _updated(self, loss: Tensor, norm: Tensor) -> None:
         self.step += 1
         bad = ~norm.isfinite()  # the norm, since it is the same on all devices
         self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate(self.step)

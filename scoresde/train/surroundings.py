@@ -32,21 +32,31 @@ class Randomness:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        cuda = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if cuda else []):
-            if self.state:
-                torch.set_rng_state(self.state["cpu"])
-            if self.state and cuda:
-                torch.cuda.set_rng_state(self.state["cuda"], self.device)
-            yield
-            self.state = {"cpu": torch.get_rng_state()}
-            if cuda:
-                self.state["cuda"] = torch.cuda.get_rng_state(self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            self.put(self.state)
+            try:
+                yield
+            finally:
+                self.state = self.now()
+
+    def now(self) -> dict[str, Tensor]:
+        """The state of the global generators."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def put(self, state: dict[str, Tensor]) -> None:
+        """The global generators into that state."""
+        if "cpu" in state:
+            torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
 
 
 @contextmanager
-def held_interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noted and not raised; a second one is raised at once.
+def held_interrupts(busy: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted and not raised; a second one is raised at once, except while `busy()`.
 
     Nothing is held in other threads than the main one, or where someone else handles the signal.
     """
@@ -57,7 +67,7 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
     noted: list[bool] = []
 
     def note(signum: int, frame: Any) -> None:
-        if noted:
+        if noted and not busy():
             raise KeyboardInterrupt
         noted.append(True)
 
