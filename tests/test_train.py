@@ -25,6 +25,7 @@ from scoresde.checkpoint import CheckpointError
 from scoresde.denoiser import Denoiser
 from scoresde.networks import UNet
 from scoresde.sde import EDM, VESDE, VPSDE, Rectified, SubVPSDE
+from scoresde.train import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -795,6 +796,11 @@ def test_bfloat16_mixed_precision_trains_float32_weights(unchecked):
     assert losses_full != losses_mixed and losses_mixed == pytest.approx(losses_full, rel=0.1)
     assert all(p.dtype == torch.float32 for p in mixed.model.parameters())
     with pytest.raises(ValueError, match="expected 'bf16', which this process has begun with, found 'fp16'"):
+        surroundings.accelerator(full.model, torch.device("cuda"), "fp16")
+
+
+def test_float16_on_the_cpu_is_refused(unchecked):
+    with pytest.raises(ValueError, match="expected 'bf16' or 'no' for a model on the CPU, found 'fp16'"):
         new_fit(precision="fp16")
 
 

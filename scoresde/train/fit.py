@@ -43,7 +43,7 @@ def fit(
     steps, batch_size      in all, over all devices
     loss, weight, times, draw  see `losses`; with `loss=losses.hybrid` and `times=losses.chain` a
                 `LearnedVariance` is trained
-    precision   "bf16" or "fp16": mixed precision, by accelerate
+    precision   "bf16" or, on a GPU, "fp16": mixed precision, by accelerate
     path        where to save: every `save_every` steps, at the end, at `close()`, and on Ctrl-C, which ends
                 the step first and is then raised as KeyboardInterrupt. `checkpoint.load(path)` gives the
                 averaged denoiser

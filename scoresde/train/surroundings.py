@@ -98,6 +98,11 @@ def accelerator(model: nn.Module, device: torch.device, precision: str) -> Any:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if precision not in ("no", "bf16", "fp16"):
         raise ValueError(f"precision: expected 'no', 'bf16' or 'fp16', found {precision!r}")
+    if precision == "fp16" and device.type == "cpu":  # accelerate would train in full precision
+        raise ValueError(
+            "precision: expected 'bf16' or 'no' for a model on the CPU, found 'fp16'; take one of them, or "
+            "move the model to a GPU"
+        )
     if not several and precision == "no":
         return OneDevice()
     try:
