@@ -365,6 +365,7 @@ def test_tune_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str], unc
         (["quickstart", "--n", "1"], "at least 2 samples"),
         (["quickstart", "--resume", "--out", "nowhere"], "leave out --resume"),
         (["train", "--steps", "0"], "steps"),
+        (["train", "--steps", "1", "--out", str(Path(__file__).parent)], "expected a file to write, found"),
         (["sample", str(CHECKPOINT), "--grid", "carré"], "expected a grid"),
         (["sample", str(CHECKPOINT), "--grid", "karras(rho='a')"], "karras(rho='a'): "),
         (["sample", str(CHECKPOINT), "--grid", "ddpm"], "expected a VP-SDE made by VPSDE.from_betas"),

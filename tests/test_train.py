@@ -14,6 +14,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -443,6 +444,52 @@ def test_a_file_is_written_when_asked_and_holds_the_average(tmp_path):
     other.close()
     assert checkpoint.describe(tmp_path / "b")["training"]["step"] == 4
     assert next(other).step == 8
+
+
+class Ramp:
+    """A schedule of one's own, which a file could not rebuild."""
+
+    def B(self, t):
+        return 10 * t
+
+    def beta(self, t):
+        return 10 + 0 * t
+
+    def time(self, B):
+        return B / 10
+
+
+def test_what_cannot_be_saved_is_refused_before_it_is_trained(tmp_path, unchecked):
+    (tmp_path / "file").touch()
+    network = networks.MLP(2, 8, 1)
+    odd = networks.UNet(1, base=8, multipliers=(1, 2), blocks=1, heads=2, attention=np.array([-1]))
+    x = X.float()
+    for model, data, path, message in (
+        (Denoiser(network, VPSDE()), x, tmp_path, "expected a file to write, found the folder .*name a file"),
+        (
+            Denoiser(network, VPSDE()),
+            x,
+            tmp_path / "file" / "a",
+            "expected a file in a folder, found the file",
+        ),
+        (Denoiser(network, VPSDE(schedule=Ramp())), x, tmp_path / "a", "expected one of the schedules"),
+        (Denoiser(odd, VPSDE()), torch.zeros(9, 1, 8, 8), tmp_path / "a", "values that JSON can hold.*found"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train.fit(model, data, steps=1, path=path)
+        if path == tmp_path / "a":
+            next(train.fit(model, data, steps=1))  # it can be trained
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_finished_run_that_goes_on_elsewhere_is_written_there(tmp_path):
+    list(new_fit(path=tmp_path / "a"))
+    written = (tmp_path / "a").stat().st_mtime_ns
+    list(new_fit(resume=tmp_path / "a", path=tmp_path / "b"))
+    list(new_fit(resume=tmp_path / "a", path=tmp_path / "." / "a"))
+    loaded = [checkpoint.load(tmp_path / name).parameters() for name in "ab"]
+    assert all(torch.equal(p, q) for p, q in zip(*loaded, strict=True))
+    assert (tmp_path / "a").stat().st_mtime_ns == written  # there is nothing new for it
 
 
 # ---- interrupts

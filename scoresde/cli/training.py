@@ -14,6 +14,7 @@ import torch
 from .. import digits, plots
 from ..tableau import Step
 from ..train import Run
+from ..train.surroundings import check_savable
 from .common import device_named, interrupt_says, machine
 
 
@@ -103,6 +104,7 @@ def _train(run: Run, path: Path, seconds: float | None, hint: str) -> None:
 
     if seconds is not None and not seconds > 0:
         raise ValueError(f"expected a positive number of seconds, found {seconds}")
+    check_savable(path, run.model)
     steps, metadata = run.settings.steps, {"data": "digits", "shape": list(digits.SHAPE)}
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(

@@ -13,7 +13,7 @@ from ..denoiser import DATA, TIME_INPUTS, Denoiser, view
 from ..schedules import wide
 from .data import Data
 from .run import Classification, Objective, Run, Settings
-from .surroundings import FilePath, Output, accelerator
+from .surroundings import FilePath, Output, accelerator, check_savable
 
 
 def fit(
@@ -59,7 +59,7 @@ def fit(
     every batch, and the run is the same up to rounding (and dropout).
 
     Raises ValueError or TypeError for options or data that do not fit, CheckpointError for a file that does
-    not, and ImportError where accelerate is needed and missing.
+    not and for a model or path that cannot be saved, and ImportError where accelerate is needed and missing.
     """
     if not isinstance(model, Denoiser):
         raise TypeError(f"model: expected a Denoiser, as in Denoiser(network, sde); found {type(model)}")
@@ -69,11 +69,13 @@ def fit(
     _warn_of_t_max(model)
     chosen = Settings(steps, batch_size, **settings)
     output = Output(path, save_every, log, progress)
+    if path is not None:
+        check_savable(path, model)
     parts = Objective(model, loss, weight), times, draw
     run = Run(model, data, chosen, parts, accelerator(model, model.device, precision), output)
     if resume is not None:
         run.restore(resume)
-    output.begin(run)
+    output.begin(run, resume)
     return run
 
 

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import CheckpointError
+from ..checkpoint.description import described
+
 if TYPE_CHECKING:
+    from ..denoiser import Denoiser
     from .run import Progress, Run
 
 FilePath = str | os.PathLike[str]
@@ -123,6 +127,26 @@ def accelerator(model: nn.Module, device: torch.device, precision: str) -> Any:
     return made
 
 
+def check_savable(path: FilePath, model: Denoiser) -> None:
+    """Say before `model` is trained, and not after, what would keep it from being saved to `path`.
+
+    Raises CheckpointError.
+    """
+    place = Path(os.path.realpath(path))
+    if place.is_dir():
+        raise CheckpointError(f"path: expected a file to write, found the folder {path}; name a file in it")
+    if files := [parent for parent in place.parents if parent.exists() and not parent.is_dir()]:
+        raise CheckpointError(f"path: expected a file in a folder, found the file {files[0]} in {path}")
+    description = described(model)
+    try:
+        json.dumps(description, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"expected a model made of values that JSON can hold, which a file could rebuild; found "
+            f"{description}: {error}. Build it from Python's numbers, strings and lists, or leave out path"
+        ) from error
+
+
 class Output:
     """The files of a run, and its bar: a checkpoint at `path`, JSON lines at `log`. Written by the main
     process only.
@@ -140,12 +164,15 @@ class Output:
                 f"save_every: expected at least 1, and a path to save to; found {save_every}, path={path}"
             )
         self.path, self.save_every, self.log, self.progress = path, save_every, log, progress
-        self.saved_at = 0
+        self.saved_at: int | None = 0
         self.bar: Any = None
 
-    def begin(self, run: Run) -> None:
-        """At the start, or where the run goes on."""
-        self.saved_at = run.step
+    def begin(self, run: Run, resumed: FilePath | None = None) -> None:
+        """At the start, or where the run that was saved in `resumed` goes on: in a file of its own, it is not
+        saved yet.
+        """
+        elsewhere = resumed is not None and not _same(self.path, resumed)
+        self.saved_at = None if elsewhere else run.step
         if not run.accelerator.is_main_process:
             self.progress, self.log = False, None
         if self.progress:
@@ -178,6 +205,11 @@ class Output:
         self.save(run)
         if self.bar is not None:
             self.bar.close()
+
+
+def _same(a: FilePath | None, b: FilePath | None) -> bool:
+    """Whether two names are of one file."""
+    return a is not None and b is not None and os.path.realpath(a) == os.path.realpath(b)
 
 
 def _drop_after(log: Path, step: int) -> None:
