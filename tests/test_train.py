@@ -794,6 +794,50 @@ def test_wrong_types_are_refused(unchecked):
         new_fit(data=(X.float(), LABELS, LABELS))
 
 
+class Items:
+    """A dataset of items made when they are asked for."""
+
+    def __init__(self, item) -> None:
+        self.item = item
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        return self.item(i)
+
+
+@pytest.mark.parametrize(
+    "data, error, message",
+    [
+        (Items(lambda i: (X[i] * 50).byte()), TypeError, "expected a floating dtype, .*found torch.uint8"),
+        (Items(lambda i: (X[i] * 50).long()), TypeError, "expected a floating dtype, .*found torch.int64"),
+        (
+            Items(lambda i: {"image": X[i], "label": 1}),
+            TypeError,
+            r"found dicts of \['image', 'label'\]. Wrap",
+        ),
+        (Items(lambda i: (X[i].float(), LABELS[i], 3)), TypeError, "found 3 parts"),
+        (Items(lambda i: 0.5), ValueError, r"shape \(N, ...\) with N > 0, found \(2,\)"),
+        (Items(lambda i: X[i] * math.nan), ValueError, "expected finite numbers, found 4"),
+        (Items(lambda i: object()), TypeError, "found items that make no batch"),
+        (Items(lambda i: "a picture"), TypeError, "found items that make no batch"),
+        ([X.float(), LABELS], TypeError, r"found items that make no batch.*the tuple \(x, labels\)"),
+        ({"x": X.float()}, TypeError, "dataset with a length above 0; found .*dict"),
+    ],
+    ids=["uint8", "int64", "dicts", "three", "numbers", "nan", "objects", "text", "list", "dict"],
+)
+def test_items_that_do_not_fit_are_refused_before_any_step(data, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        new_fit(data=data)
+
+
+def test_looking_at_random_items_does_not_draw_from_the_global_generator():
+    state = torch.get_rng_state()
+    new_fit(data=Items(lambda i: (torch.randn(2), 1)))
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_labels_may_be_lists_and_datasets_may_have_none():
     ends = []
     for data in (
@@ -896,3 +940,29 @@ def test_on_a_gpu_a_record_is_the_only_look_at_the_device():
                 run._train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- classifiers of one's own
+
+
+class Own(nn.Module):
+    """The least that `losses.Classifies` asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.sde = nn.Linear(2, 3), VPSDE()
+
+    def forward(self, x, t):
+        return self.linear(x).log_softmax(1)
+
+
+def test_a_classifier_of_ones_own_is_trained(unchecked):
+    assert isinstance(Own(), losses.Classifies)
+    records = list(train.fit_classifier(Own(), (X.float(), LABELS), steps=4, batch_size=8, every=2))
+    assert len(records) == 2 and all(math.isfinite(r.loss) for r in records)
+
+
+@pytest.mark.parametrize("data", [X.float(), (X.float(), {"y": LABELS}), Items(lambda i: X[i].float())])
+def test_a_classifier_needs_labels(data, unchecked):
+    with pytest.raises(ValueError, match=r"data: expected \(x, labels\) for a classifier, found x with"):
+        train.fit_classifier(Own(), data, steps=4)

@@ -29,7 +29,10 @@ class Batches:
     next epoch.
 
     Tensors are moved to `device` whole, the items of a dataset batch by batch. Raises ValueError or TypeError
-    for data that is empty, not finite, not floating point, or whose conditions have another length.
+    for data that is empty, not finite, not floating point, or whose conditions have another length; of a
+    dataset, whose items may be made when they are asked for, the first and the last one are looked at.
+
+    Attributes: conditions, their names.
     """
 
     def __init__(self, data: Data, size: int, device: torch.device, seed: int) -> None:
@@ -39,12 +42,14 @@ class Batches:
             x, cond = _checked(*_split(data))
             self.tensors = x.to(device), {name: value.to(device) for name, value in cond.items()}
             self.length = len(x)
-        elif isinstance(data, MapDataset) and len(data):
+        elif isinstance(data, MapDataset) and not isinstance(data, Mapping) and len(data):
             self.dataset, self.length = data, len(data)
+            cond = _checked_items(data)
         else:
             raise TypeError(
                 f"data: expected x, (x, labels), or a dataset with a length above 0; found {type(data)}"
             )
+        self.conditions = tuple(cond)
         self.generator = torch.Generator().manual_seed(seed)
         self.go_to(self.generator.get_state(), 0)
 
@@ -88,6 +93,30 @@ def _split(batch: Any) -> tuple[Tensor, Condition]:
     x, second = [*batch, {}][:2]
     cond = second if isinstance(second, Mapping) else {"label": second}
     return torch.as_tensor(x), {name: torch.as_tensor(value) for name, value in cond.items()}
+
+
+def _checked_items(dataset: MapDataset) -> Condition:
+    """The conditions of a batch of the first and the last item. Items that draw random numbers do not move
+    the global generator.
+    """
+    with torch.random.fork_rng(devices=[]):
+        first, last = dataset[0], dataset[len(dataset) - 1]
+    expected = (
+        "data: expected items x, (x, label) or (x, {name: condition}), x floating point and of one shape"
+    )
+    if isinstance(first, Mapping):
+        raise TypeError(
+            f"{expected}; found dicts of {sorted(map(str, first))}. Wrap the dataset in one whose items are, "
+            'for example, (item["image"], item["label"])'
+        )
+    try:
+        x, cond = _split(default_collate([first, last]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{expected}; found items that make no batch ({type(error).__name__}: {error}). Turn them into "
+            "tensors of one shape; whole tensors are given as the tuple (x, labels)"
+        ) from error
+    return _checked(x, cond)[1]
 
 
 def _checked(x: Tensor, cond: Condition) -> tuple[Tensor, Condition]:

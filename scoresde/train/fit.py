@@ -119,7 +119,7 @@ def fit_classifier(
     chosen = Settings(steps, batch_size, **settings)
     if chosen.label_dropout:
         raise ValueError(f"label_dropout: expected 0 for a classifier, found {chosen.label_dropout}")
-    device = next(classifier.parameters()).device
+    device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
     parts = Classification(classifier), times, draw
     run = Run(
         classifier,
@@ -129,5 +129,11 @@ def fit_classifier(
         accelerator(classifier, device, precision),
         Output(None, None, log, progress),
     )
+    if "label" not in run.data.conditions:
+        found = list(run.data.conditions) or "nothing"
+        raise ValueError(
+            f"data: expected (x, labels) for a classifier, found x with {found}; give "
+            "the labels as the second part"
+        )
     run.output.begin(run)
     return run

@@ -153,13 +153,14 @@ class Run(Iterator[Progress]):
             fused=True,
         )
         self.objective, self.stepper = accelerator.prepare(objective, self.optimizer)
-        zero = torch.zeros((), dtype=torch.float64, device=model.device)
+        device = self.parameters[0].device  # a classifier of one's own has no attribute for it
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         self.tally = {name: zero.clone() for name in ("loss", "steps", "bad", "worst")}
         order, noise, clock, inside = _seeds(settings.seed, 4)
-        self.data = Batches(data, settings.batch_size, model.device, order)
-        self.noise = torch.Generator(model.device).manual_seed(noise)
+        self.data = Batches(data, settings.batch_size, device, order)
+        self.noise = torch.Generator(device).manual_seed(noise)
         self.clock = torch.Generator().manual_seed(clock)
-        self.inside = Randomness(model.device, inside + accelerator.process_index)
+        self.inside = Randomness(device, inside + accelerator.process_index)
 
     def __next__(self) -> Progress:
         """Train up to the next record: a multiple of `every`, a save, or the end."""
