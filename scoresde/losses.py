@@ -279,7 +279,7 @@ def classification(
     """
     mean, std = classifier.sde.marginal(x0, t)
     log_p = classifier(mean + std * eps, t)
-    return -log_p.gather(1, label[:, None])[:, 0]
+    return -log_p.gather(1, label.long()[:, None])[:, 0]
 
 
 def implicit(score: Score, x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
