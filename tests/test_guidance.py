@@ -311,7 +311,7 @@ def draw(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-def test_classes_may_be_of_any_integer_dtype(device, dtype) -> None:
+def test_classes_may_be_of_any_integer_dtype(device, dtype, unchecked) -> None:
     _, classifier, label = networks_of(F64, device)
     x = draw(device, F64, 4, 3)
     assert torch.equal(classifier.log_prob(label.to(dtype))(x, 0.5), classifier.log_prob(label)(x, 0.5))
