@@ -169,8 +169,9 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str], short: N
     assert checkpoint.describe(out / "checkpoint.safetensors")["metadata"]["shape"] == [1, 8, 8]
 
 
-def test_quickstart_of_the_fewest_samples(tmp_path: Path, short: None, unchecked: None):
-    assert cli.main(["quickstart", "--steps", "1", "--n", "4", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("n", [2, 3])
+def test_quickstart_of_the_fewest_samples(n: int, tmp_path: Path, short: None, unchecked: None):
+    assert cli.main(["quickstart", "--steps", "1", "--n", str(n), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "trajectory.png").stat().st_size > 1000
 
 
@@ -367,7 +368,7 @@ def test_tune_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str], unc
         (["sample", str(CHECKPOINT), "--n", "0"], "at least 1 sample"),
         (["sample", str(CHECKPOINT), "--steps", "0"], "steps"),
         (["sample", str(CHECKPOINT), "--device", "abacus"], "abacus"),
-        (["quickstart", "--n", "3"], "at least 4 samples, found 3"),
+        (["quickstart", "--n", "1"], "at least 2 samples"),
         (["quickstart", "--resume", "--out", "nowhere"], "leave out --resume"),
         (["train", "--steps", "0"], "steps"),
         (["train", "--steps", "1", "--out", str(Path(__file__).parent)], "expected a file to write, found"),

@@ -17,9 +17,6 @@ from ..train import Run
 from ..train.surroundings import check_savable
 from .common import device_named, interrupt_says, machine
 
-LEAST = 4
-"""Samples without which `digits.compare` has none to show on their way, from the fourth on."""
-
 
 def quickstart(
     out: Path = Path("quickstart"),
@@ -36,16 +33,13 @@ def quickstart(
         out: folder for checkpoint.safetensors, samples.png, trajectory.png, report.md and report.json.
         seconds: time spent training.
         steps: training steps at most; a GPU needs less time for them.
-        n: samples from each solver, at least 4.
+        n: samples from each solver.
         seed: of weights, batches and samples.
         device: cpu, cuda, or auto: cuda if there is one.
         resume: go on from the checkpoint in the folder.
     """
-    if n < LEAST:
-        raise ValueError(
-            f"expected n of at least {LEAST} samples, found {n}: the trajectory is that of the fourth and "
-            f"those after it; take --n {LEAST}"
-        )
+    if n < 2:
+        raise ValueError(f"expected n of at least 2 samples, found {n}")
     started = time.perf_counter()
     where = device_named(device)
     data = digits.load()
