@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -230,6 +231,12 @@ class Conditioned(Wrapper):
 
     def rows(self, times: Tensor, x: Tensor, /, **cond: Any) -> Rows:
         return self.model.rows(times, x, **{**self.cond, **cond})
+
+    def __getattr__(self, name: str) -> Any:
+        """The density and the energy of a model that has them, for products and Metropolis steps."""
+        if name in ("log_prob", "energy"):
+            return partial(getattr(self.model, name), **self.cond)
+        return super().__getattr__(name)
 
     def narrowed(self, rows: Tensor | slice, batch: int) -> BaseDenoiser:
         cond = {name: some_rows(value, rows, batch) for name, value in self.cond.items()}

@@ -26,6 +26,8 @@ from scoresde import (
 )
 from scoresde.denoiser import DATA, FLOW, NOISE, SCORE, VELOCITY
 from scoresde.laws import Gaussian, Mixture
+from scoresde.networks import MLP
+from scoresde.noise import Noise
 from scoresde.sde import like
 
 F64 = torch.float64
@@ -332,3 +334,22 @@ def test_errors(unchecked) -> None:
         of(LAW, Rectified())(x, 1.0)
     with pytest.raises(NotImplementedError):
         energy.EnergyModel().energy(x, t)
+
+
+def test_conditions_are_composed(unchecked):
+    """A product of one energy under two conditions (Du et al. 2023), and Metropolis steps of one."""
+
+    def quadratic(x, t, mu):
+        return 0.5 * (x - mu).square().flatten(1).sum(1)
+
+    conditional = energy.Energy(quadratic, VPSDE())
+    x, first, second = torch.randn(4, 2, dtype=F64), torch.randn(4, 2, dtype=F64), torch.full((1, 2), -1.0)
+    parts = [conditional.given(mu=mu) for mu in (first, second)]
+    both = energy.product(parts)
+    torch.testing.assert_close(both.score(x, 0.5), first + second - 2 * x)
+    torch.testing.assert_close(both.energy(x, 0.5), quadratic(x, 0.5, first) + quadratic(x, 0.5, second))
+    torch.testing.assert_close(both.narrowed(slice(1, 3), 4).score(x[1:3], 0.5), both.score(x, 0.5)[1:3])
+    walked = solvers.mala(parts[0], x, 0.5, step=0.1, steps=3, noise=Noise.of(0, batch=4, dtype=F64))
+    assert walked.x.shape == x.shape
+    with pytest.raises(TypeError, match="or other denoisers with log_prob, found Conditioned"):
+        energy.product([Denoiser(MLP(2, 8, 1), VPSDE()).given(label=first), parts[0]])
