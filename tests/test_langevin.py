@@ -666,8 +666,12 @@ def test_errors(unchecked):
     for wrong in ("ddim", solvers.adaptive_ode()):
         with pytest.raises(TypeError, match="expected a fixed-grid solver as predictor"):
             predictor_corrector(wrong)
-    with pytest.raises(TypeError, match="log_prob"):
-        mala(model.given(label=0), x, 0.5, step=0.1, steps=1, noise=noise)
+    without = Denoiser(torch.nn.Identity(), model.sde)
+    for wrong in (without, without.given(label=0)):
+        with pytest.raises(
+            TypeError, match=r"expected log_prob\(x, t\), which (Denoiser|Conditioned) does not"
+        ):
+            mala(wrong, x, 0.5, step=0.1, steps=1, noise=noise)
 
 
 def test_reprs_say_how_they_were_made():
