@@ -229,15 +229,21 @@ def _checked_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"expected a device such as 'cpu' or 'cuda:0', found {device!r}") from None
 
 
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+def whole_sizes(shape: Any) -> tuple[int, ...]:
+    """The sizes of a shape; none where it is not one of whole numbers >= 0."""
     sizes = tuple(shape) if isinstance(shape, Iterable) else ()
-    whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in sizes)
-    if len(sizes) < 2 or not whole:
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in sizes)
+    return tuple(map(int, sizes)) if whole else ()
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = whole_sizes(shape)
+    if len(sizes) < 2:
         raise ValueError(
             "expected a shape (batch, ...) of whole numbers with at least one axis after the batch, found "
             f"{shape}"
         )
-    return tuple(map(int, sizes))
+    return sizes
 
 
 @contextmanager

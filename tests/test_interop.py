@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import stand_in_diffusers
 import torch
@@ -420,6 +421,7 @@ def test_samples_in_half_precision_keep_an_exact_state(scheduling, unchecked):
     for change in (1, 2):
         moved = torch.full_like(x, change * keep)
         torch.testing.assert_close(after[change] - after[0], moved, rtol=0.02, atol=0.03)
+    scheduler.set_timesteps(np.int64(4))
     for steps in (0, -3, 2.0):
         with pytest.raises(ValueError, match="whole number of steps >= 1 as num_inference_steps"):
             scheduler.set_timesteps(steps)

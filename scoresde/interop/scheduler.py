@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):
         return self._run
 
     def _tableau(self, steps: int) -> Tableau:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or int(steps) < 1:
             raise ValueError(f"expected a whole number of steps >= 1 as num_inference_steps, found {steps!r}")
         if self.table is None:
             return self.solver.tableau(self.sde, self._times(steps))

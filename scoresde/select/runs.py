@@ -9,9 +9,8 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ..denoiser import BaseDenoiser, evaluating
 from ..grids import Grid
-from ..sampling import sample
+from ..sampling import sample, whole_sizes
 from ..solvers.base import Samples, Solver
 
 ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]+")  # of a function without a name of its own
@@ -39,11 +38,10 @@ class How(NamedTuple):
 
 def sample_shape(shape: Any) -> tuple[int, ...]:
     """The shape of one sample, as a tuple. Raises ValueError for what is none."""
-    sizes = tuple(shape) if isinstance(shape, Iterable) else ()
-    whole = all(isinstance(k, Integral) and not isinstance(k, bool) for k in sizes)
-    if not sizes or not whole or min(map(int, sizes)) < 1:
+    sizes = whole_sizes(shape)
+    if not sizes or 0 in sizes:
         raise ValueError(f"expected the shape of one sample, such as (3, 32, 32), found {shape!r}")
-    return tuple(map(int, sizes))
+    return sizes
 
 
 class Cost(NamedTuple):
