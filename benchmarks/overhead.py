@@ -4,25 +4,30 @@
 
 All are timed in one process, one thread, float32, in turns; numbers are medians of the turns, in microseconds
 a step: CPU time on the CPU (other processes do not count), wall time with synchronisation on a GPU. The
-network is one that returns a ready tensor, or the digits' U-Net; it predicts noise for DDIM and DDPM and data
-for the others, except that k-diffusion and azula always get data, their own convention. "table" is
-`tableau.run`, "execute" what solvers call, with its checks. The noise is a ready tensor in all of them, so
-that samplers are compared and not generators; what ours costs stands in a table of its own, and in the column
+network is one that returns ready tensors in turn, or the digits' U-Net; it predicts noise for DDIM and DDPM
+and data for the others, except that k-diffusion and azula always get data, their own convention. "table" is
+`tableau.run`, "execute" what solvers call, with its checks; "compiled" is the loop of "table" under
+torch.compile around a network that it cannot see into and whose outputs are new memory, for states of 10 000
+numbers and more (in small ones the checks of a compiled call cost more than the arithmetic that it saves);
+on a GPU the loop is a CUDA graph in its place, "graph". The noise is a ready tensor in all of them, so that
+samplers are compared and not generators; what ours costs stands in a table of its own, and in the column
 "sample", which is the whole call of `sample`: grid, table, reproducible noise, checks. Public libraries need
-the environment of benchmarks/peers.txt; without it their columns stay empty.
+the environment of benchmarks/peers.txt, "compiled" a C++ compiler; without them their columns stay empty.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +38,7 @@ from torch import Tensor, nn
 from scoresde import VPSDE, Denoiser, grids, networks, sample, solvers
 from scoresde.noise import Noise
 from scoresde.solvers.base import execute
-from scoresde.tableau import Tableau, run
+from scoresde.tableau import Tableau, coefficients, loop, run
 
 from . import peers
 
@@ -42,19 +47,40 @@ LONG = ", 3 times the steps"
 SHAPES = {"1x1x2x4": (1, 1, 2, 4), "16x3x32x32": (16, 3, 32, 32), "64x3x32x32": (64, 3, 32, 32)}
 NOISE_BATCHES = (16, 64, 256)
 LIMIT_LOOP, LIMIT_DIFFUSERS, LIMIT_K_DIFFUSION, LIMIT_RANDN, LIMIT_CALL = 1.5, 1 / 5, 1 / 3, 5.0, 0.05
-OURS = ("table", "execute")  # the two that the limits are for
+OURS = ("table", "execute", "compiled")  # what the limits are for
+OUTPUTS = 4  # what UniPC-3 remembers, and the one that comes
 Run = Callable[[], Any]
 
 
 class Ready(nn.Module):
-    """A network that does nothing: returns the same tensor."""
+    """A network that does nothing: returns ready tensors in turn, so that what a method remembers lies in
+    different memory, as the outputs of a network do.
+    """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         super().__init__()
-        self.out = nn.Parameter(torch.randn(shape, device=device) * 0.1, requires_grad=False)
+        outputs = [torch.randn(shape, device=device) * 0.1 for _ in range(OUTPUTS)]
+        self.outputs = nn.ParameterList([nn.Parameter(out, requires_grad=False) for out in outputs])
+        self.turn = cycle(list(self.outputs))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.out
+        return next(self.turn)
+
+
+@torch.library.custom_op("scoresde_benchmarks::unseen", mutates_args=())
+def unseen(x: Tensor, time: Tensor) -> Tensor:
+    """A network that does nothing and that torch.compile cannot see into: it returns new memory."""
+    return torch.empty_like(x)
+
+
+@unseen.register_fake
+def _(x: Tensor, time: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Unseen(nn.Module):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return unseen(x, time)
 
 
 @dataclass
@@ -295,11 +321,25 @@ def case(method: str, network: str, shape: tuple[int, ...], device: torch.device
         runs["azula"] = in_azula(azula[0], table, sde, net, x, z, **azula[1])
     if device.type == "cuda":
         runs["graph"] = in_graph(runs["table"])
+    elif network == "ready" and x.numel() >= 10_000 and shutil.which(os.environ.get("CXX", "g++")):
+        runs["compiled"] = compiled(table, Denoiser(Unseen(), sde, model.predicts).eval(), x, z)
     return Case(method, network, "x".join(map(str, shape)), runs, steps)
 
 
 def digits_unet(channels: int) -> nn.Module:
     return networks.UNet(channels, base=24, multipliers=(1, 2), blocks=1)
+
+
+def compiled(table: Tableau, model: Denoiser, x: Tensor, z: Tensor) -> Run:
+    """The loop of a table as one compiled function, in place of the one before: torch keeps a few for each
+    piece of code, and tries them all at a call.
+    """
+    rows = model.rows(table.times[:-1], x)
+    numbers = coefficients(table, rows, x.dtype)
+    torch.compiler.reset()
+    function = torch.compile(lambda x, z: loop(numbers, rows.evaluate, x, lambda k, shape: z), fullgraph=True)
+    function(x, z)
+    return lambda: function(x, z)
 
 
 def in_graph(function: Run) -> Run:
@@ -390,6 +430,7 @@ COLUMNS = (
     "table",
     "execute",
     "sample",
+    "compiled",
     "graph",
     "diffusers",
     "k-diffusion",
@@ -408,6 +449,7 @@ def report(
         *shown,
         "table/loop",
         "execute/loop",
+        "compiled/loop",
         "once a call: execute",
         "sample",
     ]
@@ -420,7 +462,7 @@ def report(
     for one in cases:
         loop = one.median("loop") or float("nan")
         numbers = [_number(one.median(c)) for c in shown]
-        ratios = [f"{(one.median(c) or float('nan')) / loop:.2f}" for c in OURS]
+        ratios = [_ratio(one.median(c), loop) for c in OURS]
         once = [_number(one.once(c)) for c in ("execute", "sample")]
         lines.append("| " + " | ".join([one.method, one.network, one.shape, *numbers, *ratios, *once]) + " |")
     lines += ["", "| state | noise | randn | ratio | U-Net call | share |", "|---|---|---|---|---|---|"]
@@ -437,6 +479,10 @@ def report(
         for name, ratio, limit in rules
     ]
     return "\n".join(lines) + "\n"
+
+
+def _ratio(value: float | None, other: float) -> str:
+    return "" if value is None else f"{value / other:.2f}"
 
 
 def _number(value: float | None) -> str:
@@ -476,10 +522,11 @@ def main() -> None:
     device, turns = torch.device(options.device), 5 if options.quick else 15
     clock = Clock(device)
     with torch.no_grad():
-        cases = [
-            case(method, "ready", shape, device, STEPS) for shape in SHAPES.values() for method in METHODS
-        ]
-        measure(cases, clock, turns, 0.01)
+        cases = []
+        for shape in SHAPES.values():
+            for method in METHODS:  # in turn, as only one compiled loop is kept
+                cases.append(case(method, "ready", shape, device, STEPS))
+                measure(cases[-1:], clock, turns, 0.01)
         if not options.quick:
             with_network = [case(method, "U-Net", (16, 1, 8, 8), device, 10) for method in METHODS]
             measure(with_network, clock, 5, 0.0)
