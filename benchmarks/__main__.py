@@ -86,6 +86,12 @@ PARTS = [
         "matplotlib",
     ),
     _part(
+        "recommend_digits",
+        "Is what is recommended for the digits good on their network?",
+        "--n 16 --calls 10 --stride 20 --out {out}",
+        "sklearn",
+    ),
+    _part(
         "tuning",
         "How much does tuning a table gain on noises it has not seen?",
         "--quick --problems ring --calls 6 10 --out {out}",

@@ -14,7 +14,7 @@ bench = pytest.importorskip(
     "benchmarks.digits", reason="run from the root of the repository, with `python -m pytest`"
 )
 
-from benchmarks import peers  # noqa: E402
+from benchmarks import peers, recommend_digits  # noqa: E402
 from scoresde import VPSDE, checkpoint, digits, grids, solvers  # noqa: E402
 from scoresde.laws import Gaussian  # noqa: E402
 from scoresde.select import Candidate, Comparison, compare  # noqa: E402
@@ -98,3 +98,29 @@ def test_committed_results_hold(unchecked: None):
 def test_committed_ranks_are_stable():
     summary = json.loads(RESULTS.read_text())["summary"]
     assert min(summary["agreement"].values()) >= 0.9
+
+
+def test_true_errors_of_what_is_recommended_are_in_its_order():
+    """Medians of `compare` on the network, infinite where a candidate cannot be run."""
+    model = checkpoint.load(recommend_digits.PATH)
+    listed = [
+        Candidate(solvers.ddim(), grids.quadratic, "quadratic"),
+        Candidate(solvers.heun(), grids.quadratic, "quadratic"),
+        Candidate(solvers.dpmpp(2), grids.uniform, "uniform"),
+    ]
+    one, other = (recommend_digits.true_errors(model, order, 1, 4) for order in (listed, listed[::-1]))
+    assert one == other[::-1] and one[1] == math.inf and 0 < one[0] < math.inf
+    few = recommend_digits.true_errors(model, listed, 6, 4)
+    assert 0 < few[0] < one[0] and len(set(few)) == 3
+
+
+def test_what_the_readme_says_of_recommending_for_the_digits():
+    rows = json.loads((Path(bench.RESULTS) / "recommend_digits.json").read_text())["rows"]
+    text = " ".join((Path(bench.RESULTS).parents[1] / "README.md").read_text().split())
+    said = {
+        name: ", ".join(f"{row[name]['ratio']:.3g}" for row in rows) for name in recommend_digits.SURROGATES
+    }
+    assert [row["calls"] for row in rows] == [5, 10, 20]
+    for name in ("kernels", "mixture"):
+        numbers = said[name].rpartition(", ")
+        assert f"{numbers[0]} and {numbers[2]} times" in text, said[name]
