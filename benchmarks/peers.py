@@ -204,25 +204,28 @@ NO_FINAL_SIGMA = ("DEISMultistepScheduler", "SASolverScheduler")
 
 
 def diffusers_scheduler(name: str, alpha: Tensor, sigma: Tensor, **config: Any) -> Any:
-    """A scheduler of VP type on N + 1 nodes with these alpha, sigma, in their dtype; timestep j is node N - 1
-    - j.
+    """A scheduler of VP type on N + 1 nodes with these alpha, sigma, in their dtype; timestep j is node
+    N - j.
 
-    Its own grids and its float32 tables are replaced; what it computes from them is untouched.
+    Its own grids and its float32 tables are replaced; what it computes from them is untouched. No step starts
+    from timestep 0, where DDPMScheduler adds no noise, because its own chain ends there.
     """
     module, n = _import("diffusers", "diffusers"), len(alpha) - 1
     made = getattr(module, name)
     if name in TABLE_SCHEDULERS:
         clip = {} if name == "PNDMScheduler" else {"clip_sample": False}
-        scheduler = made(num_train_timesteps=n, timestep_spacing="leading", **clip, **config)
+        scheduler = made(
+            num_train_timesteps=n + 1, timestep_spacing="leading", steps_offset=1, **clip, **config
+        )
         scheduler.set_timesteps(n)
-        scheduler.alphas_cumprod = alpha[:-1].square().flip(0)
+        scheduler.alphas_cumprod = alpha.square().flip(0)
         scheduler.final_alpha_cumprod = scheduler.one = alpha[-1].square()
         return scheduler
     last = {"final_sigmas_type": "sigma_min"} if name not in NO_FINAL_SIGMA else {}
     scheduler = made(lower_order_final=False, **last, **config)
     scheduler.set_timesteps(n)
     scheduler.num_inference_steps = n
-    scheduler.timesteps = torch.arange(n - 1, -1, -1)
+    scheduler.timesteps = torch.arange(n, 0, -1)
     scheduler.sigmas = (sigma / alpha).cpu()
     return scheduler
 
@@ -245,7 +248,7 @@ def diffusers(name: str, eta: float | None = None, **config: Any) -> Peer:
         with patched, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for j in scheduler.timesteps:
-                k = len(task.t) - 2 - int(j)
+                k = len(task.t) - 1 - int(j)
                 eps = (x - alpha[k] * task.denoise(x, task.t[k])) / sigma[k]
                 x = scheduler.step(eps, j, x, **options).prev_sample
         return x

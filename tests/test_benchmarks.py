@@ -206,6 +206,24 @@ def test_torchdiffeq_steps_from_node_to_node():
     assert len(seen) == 12 and seen[::2] == grid.t[:-1].tolist()
 
 
+@pytest.mark.parametrize("library", ["diffusers", "azula"])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_public_ancestral_sampling_adds_noise_in_every_step(library, steps):
+    """The last one included: here it ends where there is noise left."""
+    if reason := peers.missing(library):
+        pytest.skip(reason)
+    grid, model = grids.quadratic(SDE, steps), LAW.denoiser(SDE)
+    x, *z = torch.randn(steps + 1, 5, 16, generator=torch.Generator().manual_seed(0), dtype=F64)
+    found = peers.SDE[f"{library} DDPM"].run(peers.Task(SDE, grid.t, model, lambda k: z[k]), x)
+    alpha, sigma, y = SDE.alpha(grid.t), SDE.sigma(grid.t), x
+    for k in range(steps):  # the posterior of Ho et al.
+        beta = 1 - (alpha[k] / alpha[k + 1]) ** 2
+        to_data, to_x = alpha[k + 1] * beta, alpha[k] / alpha[k + 1] * sigma[k + 1] ** 2
+        mean = (to_data * model(y, grid.t[k]) + to_x * y) / sigma[k] ** 2
+        y = mean + beta.sqrt() * sigma[k + 1] / sigma[k] * z[k]
+    torch.testing.assert_close(found, y, rtol=1e-10, atol=1e-10)
+
+
 def test_calls_are_counted():
     greedy = peers.Public(lambda task, x: task.denoise(task.denoise(x, task.t[0]), task.t[0]))
     with pytest.raises(RuntimeError, match="expected at most 1 calls"):
