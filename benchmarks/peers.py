@@ -391,8 +391,8 @@ ODE: dict[str, Public] = {  # the deterministic samplers that people use
         f"torchdiffeq {method}": Public(torchdiffeq(method), each)
         for method, each in (("euler", 1), ("midpoint", 2), ("heun2", 2), ("heun3", 3), ("rk4", 4))
     },
-    # the first three steps are rk4's
-    "torchdiffeq explicit_adams": Public(torchdiffeq("explicit_adams", max_order=4), 1, 9),
+    # the first two steps are rk4's
+    "torchdiffeq explicit_adams": Public(torchdiffeq("explicit_adams", max_order=4), 1, 6),
 }
 ETAS = (1.0, 0.5, 0.1, 0.02)  # noise levels: the eta of each library, from the reverse SDE towards the ODE
 

@@ -224,6 +224,23 @@ def test_public_ancestral_sampling_adds_noise_in_every_step(library, steps):
     torch.testing.assert_close(found, y, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", peers.ODE)
+def test_public_samplers_use_all_calls_that_they_are_given(name):
+    """A number of steps that leaves enough calls for one more would compare them at fewer."""
+    if reason := peers.missing(name.split()[0]):
+        pytest.skip(reason)
+    public, model, made = peers.ODE[name], LAW.denoiser(SDE), 0
+
+    def denoise(x, t):
+        nonlocal made
+        made += 1
+        return model(x, t)
+
+    grid = grids.quadratic(SDE, public.steps_for(20))
+    public.run(peers.Task(SDE, grid.t, denoise), torch.ones(2, 16, dtype=F64))
+    assert 20 - public.each < made <= 20
+
+
 def test_calls_are_counted():
     greedy = peers.Public(lambda task, x: task.denoise(task.denoise(x, task.t[0]), task.t[0]))
     with pytest.raises(RuntimeError, match="expected at most 1 calls"):
