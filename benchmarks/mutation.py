@@ -34,9 +34,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("scoresde", "tests", "benchmarks", "pyproject.toml", "README.md", "constraints.txt")
 
-PROCESS = ("schedules", "sde", "ddpm", "denoiser", "laws", "losses")
+PROCESS = ("schedules", "sde", "ddpm", "denoiser", "losses")
 SAMPLING = ("noise", "grids", "tableau", "sampling")
-OTHERS = ("metrics", "energy")
+OTHERS = ("metrics", "energy", "text")
 CARD = "tests/test_card.py"
 PROPERTIES = {name: f"tests/test_properties_{name}.py" for name in ("process", "solvers", "guidance")}
 
@@ -47,6 +47,10 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         name: ((f"scoresde/{name}.py",), (f"tests/test_{name}*.py", PROPERTIES["process"]))
         for name in PROCESS
     },
+    "laws": (
+        tuple(f"scoresde/{name}.py" for name in ("laws", "engines", "spectrum")),
+        ("tests/test_laws*.py", PROPERTIES["process"]),
+    ),
     **{
         name: ((f"scoresde/{name}.py",), (f"tests/test_{name}*.py", PROPERTIES["solvers"]))
         for name in SAMPLING
@@ -60,10 +64,11 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "variance": (("scoresde/variance.py", "scoresde/solvers/learned.py"), ("tests/test_variance*.py",)),
     **{name: ((f"scoresde/{name}/*.py",), (f"tests/test_{name}*.py",)) for name in ("select", "interop")},
     "checkpoint": (("scoresde/checkpoint/*.py",), ("tests/test_checkpoint*.py",)),
-    **{
-        name: ((f"scoresde/{name}/*.py",), (f"tests/test_{name}*.py", PROPERTIES["guidance"]))
-        for name in ("guidance", "likelihood")
-    },
+    "guidance": (
+        ("scoresde/guidance/*.py", "scoresde/gradients.py"),
+        ("tests/test_guidance*.py", PROPERTIES["guidance"]),
+    ),
+    "likelihood": (("scoresde/likelihood/*.py",), ("tests/test_likelihood*.py", PROPERTIES["guidance"])),
     "networks": (("scoresde/networks/*.py",), ("tests/test_networks*.py",)),
     "train": (("scoresde/train/*.py",), ("tests/test_train*.py",)),
 }
