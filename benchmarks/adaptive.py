@@ -111,12 +111,18 @@ def calls_at(runs: list[Run], error: float = TARGET) -> tuple[float, float]:
     return float(np.interp(wanted, logs, mean)), float(np.interp(wanted, logs, largest))
 
 
+def samples(name: str, quick: bool) -> int:
+    """How many a problem is measured on."""
+    return max(4, NOISES[name] // (8 if quick else 1))
+
+
 def measure(name: str, quick: bool) -> dict[str, list[Run]]:
     """All solvers on one problem."""
     law = problem(name)
-    n = max(4, NOISES[name] // (8 if quick else 1))
     model = law.denoiser(SDE)
-    x = torch.randn(n, law.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(
+        samples(name, quick), law.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     reference = adaptive_ode(1e-10, 1e-10, order=6, max_calls=10_000).solve(model, x, ENDS).x
     few = x[:4]
     check = scipy_ode("DOP853", 1e-12, 1e-12).solve(model, few, ENDS).x
@@ -165,9 +171,9 @@ def main() -> None:
         "# Adaptive ODE solvers: network calls where the RMS error is 1e-4",
         "",
         "VP(0.1, 20), t from 1 to 1e-3, float64;",
-        ", ".join(f"{NOISES[name]} samples of {name}" for name in tables) + ".",
+        ", ".join(f"{samples(name, options.quick)} samples of {name}" for name in tables) + ".",
         f"Python {platform.python_version()}, torch {torch.__version__}.",
-        "Made by `python -m benchmarks.adaptive`.",
+        f"Made by `python -m benchmarks.adaptive{' --quick' if options.quick else ''}`.",
         f"Goal: adaptive_ode (order 6, its default) takes at most {GOAL} of the calls of RK45 and dopri5.",
         "",
     ]

@@ -95,9 +95,14 @@ def ours(model: BaseDenoiser, x: Tensor, end: float, tolerance: float) -> tuple[
     return found.value, found
 
 
+def samples(name: str, quick: bool) -> int:
+    """How many a problem is measured on."""
+    return max(2, NUMBER[name] // (4 if quick else 1))
+
+
 def subject(name: str, end: float, quick: bool) -> tuple[BaseDenoiser, Tensor]:
     """A model and points at the end."""
-    n = max(2, NUMBER[name] // (4 if quick else 1))
+    n = samples(name, quick)
     generator = torch.Generator().manual_seed(0)
     if name != "digits":
         law = problem(name)
@@ -228,13 +233,13 @@ def summary(title: str, table: dict[str, list[Run]]) -> list[str]:
     return [*lines, ""]
 
 
-def report(record: dict[str, Any]) -> str:
+def report(record: dict[str, Any], quick: bool) -> str:
     """Markdown of all there is."""
     lines = [
         "# Likelihood: network calls, and bits per dimension",
         "",
         f"VP(0.1, 20), one Rademacher probe. Python {platform.python_version()}, torch {torch.__version__}.",
-        "Made by `python -m benchmarks.likelihood`.",
+        f"Made by `python -m benchmarks.likelihood{' --quick' if quick else ''}`.",
         f"Goal: at most {GOAL} of the calls of an implementation on scipy's RK45 at the same error.",
         "RK45 has velocity and divergence from one call; score_sde's code makes two, the last column's unit.",
         "The digits' network is float32 and not smooth: below 0.05 nats no order shows.",
@@ -270,13 +275,13 @@ def main() -> None:
         else:
             for end in ENDS[name]:
                 table = measure(name, end, options.quick)
-                title = f"{name}, end {end:g}, {NUMBER[name]} samples"
+                title = f"{name}, end {end:g}, {samples(name, options.quick)} samples"
                 record["calls"][title] = {k: [run._asdict() for run in runs] for k, runs in table.items()}
         if not options.quick:
             RESULTS.mkdir(exist_ok=True)
             path.write_text(json.dumps(record, indent=1) + "\n")
-            path.with_suffix(".md").write_text(report(record))
-    print(report(record))
+            path.with_suffix(".md").write_text(report(record, options.quick))
+    print(report(record, options.quick))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from benchmarks import (  # noqa: E402
     peers,
     problems,
     recommend,
+    reliability,
     sde_default,
     tuning,
     tuning_grid,
@@ -263,6 +264,30 @@ def test_adaptive_results_hold(unchecked):
         found, mean, largest = adaptive.ours(6)(model, x, run["tolerance"])
         assert mean <= run["mean"] * 1.001 and largest <= run["largest"]
         assert float((found - exact).square().mean().sqrt()) <= run["error"] * 1.01
+
+
+@pytest.mark.parametrize(
+    ("bench", "problem", "told"),
+    [(adaptive, "ring", "64 samples of ring"), (likelihood, "gaussian", "gaussian, end 0.001, 8 samples")],
+)
+def test_quick_runs_say_how_many_samples_they_took(bench, problem, told, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure", lambda *args: {})
+    monkeypatch.setattr(bench, "summary", lambda title, table: [title])
+    monkeypatch.setattr("sys.argv", ["benchmark", "--quick", "--problems", problem])
+    bench.main()
+    printed = capsys.readouterr().out
+    assert told in printed and f"{bench.__name__} --quick`" in printed
+    assert bench.samples(problem, True) == (64 if bench is adaptive else 8)
+
+
+def test_quick_reliability_says_how_many_scores_it_tried(monkeypatch, unchecked):
+    monkeypatch.setattr(reliability, "ADAPTIVE", {"adaptive_ode": solvers.adaptive_ode()})
+    few = list(reliability.HOSTILE.items())[:6]
+    monkeypatch.setattr(reliability, "HOSTILE", dict(few))
+    line, _ = reliability.terminating(True)  # every fourth of these and of three errors, and no samples
+    assert (
+        line.passed and line.what.startswith("4 hostile scores x 1") and line.measured.startswith("4 of 4,")
+    )
 
 
 def test_likelihood_results_hold(unchecked):
