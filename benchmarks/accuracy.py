@@ -38,7 +38,7 @@ from scoresde.schedules import Time
 from scoresde.sde import LinearSDE
 from scoresde.tableau import Tableau
 
-from . import peers
+from . import options, peers
 from .problems import inside, problem, to_inside
 
 CALLS = (5, 6, 8, 10, 15, 20, 30, 50)
@@ -483,6 +483,8 @@ def report(folder: Path, stem: str, default: Configuration, legend: str, label: 
     """The table and the picture of all boards that the folder has."""
     files = [folder / f"{stem}_{name}.json" for name in BOARDS]
     boards = [json.loads(file.read_text()) for file in files if file.exists()]
+    if not boards:
+        raise FileNotFoundError(f"expected results {stem}_NAME.json in {folder}, found none")
     text = summary(boards, default, legend)
     (folder / f"{stem}.md").write_text(text)
     picture(boards, folder / f"{stem}.png", label)
@@ -491,9 +493,9 @@ def report(folder: Path, stem: str, default: Configuration, legend: str, label: 
 
 def arguments(text: str | None) -> argparse.Namespace:
     """The command line of both halves."""
-    parser = argparse.ArgumentParser(description=(text or "").splitlines()[0])
+    parser = options.parser(text)
     parser.add_argument("--problems", nargs="*", default=BOARDS, choices=BOARDS)
-    parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
+    parser.add_argument("--calls", nargs="+", type=options.count, default=list(CALLS))
     parser.add_argument("--quick", action="store_true", help="an eighth of the samples")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()

@@ -20,7 +20,6 @@ kept in outputs/digits, so an interrupted benchmark goes on.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -41,7 +40,7 @@ from scoresde.select.comparison import Row
 from scoresde.solvers import Card, Samples, Solver
 from scoresde.solvers.exponential import er_noise_level
 
-from . import peers
+from . import options, peers
 from .digits_checkpoint import PATH
 
 RESULTS = Path(__file__).parent / "results"
@@ -321,9 +320,9 @@ def picture(found: Comparison, judged: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--n", type=int, default=64, help="samples of a run")
-    parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
+    parser = options.parser(__doc__)
+    parser.add_argument("--n", type=options.several, default=64, help="samples of a run")
+    parser.add_argument("--calls", nargs="+", type=options.count, default=list(CALLS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=Path("outputs/digits"), help="where runs are kept")
     parser.add_argument("--quick", action="store_true", help="a third of the samples, 5 and 10 calls")

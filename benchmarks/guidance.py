@@ -48,6 +48,8 @@ from scoresde import (
 from scoresde.denoiser import BaseDenoiser
 from scoresde.metrics import nearest_distance
 
+from .options import count, several
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SOLVER, STEPS = solvers.dpmpp(2), 20
@@ -135,8 +137,8 @@ def spread(x: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200, help="training steps of the classifier")
-    parser.add_argument("--each", type=int, default=40, help="samples of each class")
+    parser.add_argument("--steps", type=count, default=1200, help="training steps of the classifier")
+    parser.add_argument("--each", type=several, default=40, help="samples of each class")
     parser.add_argument("--inverse", action="store_true", help="only the pictures of inverse problems")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

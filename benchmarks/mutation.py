@@ -31,6 +31,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from .options import count
+
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("scoresde", "tests", "benchmarks", "pyproject.toml", "README.md", "constraints.txt")
 
@@ -506,11 +508,11 @@ def main() -> None:
         choices=sorted(MODULES),
         default=["schedules", "ddpm", "laws", "tableau", "solvers"],
     )
-    parser.add_argument("--count", type=int, default=30, help="mistakes in all")
+    parser.add_argument("--count", type=count, default=30, help="mistakes in all")
     parser.add_argument("--least", type=int, default=0, help="mistakes in each module at least")
     parser.add_argument("--seed", type=int, default=None, help="default: from the clock, printed")
     parser.add_argument("--timeout", type=float, default=40.0)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=count, default=2)
     parser.add_argument(
         "--out",
         type=Path,

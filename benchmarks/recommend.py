@@ -25,7 +25,6 @@ mixtures was not used in development.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -43,6 +42,7 @@ from scoresde.select.coupling import Distances, law_distances
 from scoresde.select.tables import run_stack, stack
 from scoresde.tableau import Tableau
 
+from . import options
 from .accuracy import reference
 
 SDE = VPSDE()
@@ -319,13 +319,15 @@ def save(result: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options.parser(__doc__)
     parser.add_argument("--need", default="samples", choices=list(STRIDES))
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--mixtures", type=int, default=MIXTURES)
-    parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
+    parser.add_argument("--mixtures", type=options.count, default=MIXTURES)
+    parser.add_argument("--calls", nargs="+", type=options.count, default=list(CALLS))
     parser.add_argument("--device", default="cpu", help="where laws are measured; all else is on the CPU")
-    parser.add_argument("--more-samples", type=int, default=1, help="so many times, to measure laws by")
+    parser.add_argument(
+        "--more-samples", type=options.count, default=1, help="so many times, to measure laws by"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     started, rows = time.process_time(), []

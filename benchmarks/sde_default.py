@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import accuracy_sde, problems
+from . import accuracy_sde, options, problems
 from .accuracy import BOARDS, CALLS, Measure, Run, distinct, ours
 
 # Where configurations are measured, how many of the best so far, and how many of them stay.
@@ -67,6 +67,7 @@ def chosen(ranks: Ranks) -> Run:
 
 
 def main() -> None:
+    options.parser(__doc__).parse_args()
     torch.set_num_threads(1)
     first = accuracy_sde.on_gaussian(problems.gaussian(seed=0), problems.gaussian(seed=1))
     measures = [first, *(accuracy_sde.on_samples(name, quick=False) for name in BOARDS[1:])]

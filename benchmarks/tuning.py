@@ -18,7 +18,6 @@ benchmarks/peers.txt; without it the best of ours stands for both.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -37,7 +36,7 @@ from scoresde.select.tune import Tuned
 from scoresde.select.tuning_search import more_flips
 from scoresde.tableau import Tableau
 
-from . import accuracy, peers, problems
+from . import accuracy, options, peers, problems
 from .accuracy import FLIP, RESULTS, SDE
 from .digits_checkpoint import PATH
 
@@ -126,10 +125,18 @@ def reference(board: Board, x: Tensor) -> Tensor:
     return in_blocks(board, x, lambda model, part: solver.solve(model, part, times).x)
 
 
+def chosen_before(name: str, calls: int) -> dict[str, Any]:
+    """The row of benchmarks.accuracy's results."""
+    rows = json.loads((RESULTS / f"accuracy_{name}.json").read_text())["rows"]
+    known = {row["calls"]: row for row in rows}
+    if calls not in known:
+        raise ValueError(f"expected a number of calls in accuracy_{name}.json ({list(known)}), found {calls}")
+    return known[calls]
+
+
 def boards_choices(name: str, board: Board, calls: int, x: Tensor) -> Iterator[Run]:
     """What benchmarks.accuracy chose for a problem and a number of calls, of ours and of public solvers."""
-    rows = json.loads((RESULTS / f"accuracy_{name}.json").read_text())["rows"]
-    row = next(row for row in rows if row["calls"] == calls)
+    row = chosen_before(name, calls)
     runs = [*accuracy.ours(accuracy.distinct(accuracy.candidates())), *accuracy.theirs(peers.ODE)]
     for run in runs:
         chosen = row[run.side]
@@ -340,13 +347,16 @@ def picture(samples: dict[str, list[Tensor]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options.parser(__doc__)
     parser.add_argument("--problems", nargs="+", default=list(GOAL), choices=list(GOAL))
-    parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
+    parser.add_argument("--calls", nargs="+", type=options.count, default=list(CALLS))
     parser.add_argument("--quick", action="store_true", help="an eighth of the noises, a tenth of the time")
     parser.add_argument("--slack", type=float, default=1.0, help="seconds of the wall for one of the budget")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    for name in set(args.problems) - {"digits"}:
+        for calls in args.calls:
+            chosen_before(name, calls)  # or an error before anything is measured
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "tuning.json"

@@ -10,7 +10,6 @@ noises of its own.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from scoresde import solvers
 from scoresde.select import GRIDS, Candidate
 from scoresde.solvers.base import TableSolver
 
+from . import options
 from .accuracy import RESULTS, SDE
 from .tuning import CALLS, Board, board, ends_of, fit, held_out, scored
 
@@ -86,10 +86,10 @@ def report(rows: list[dict[str, Any]], seconds: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options.parser(__doc__)
     names = ["ring", "anisotropic", "subspace", "digits"]
     parser.add_argument("--problems", nargs="+", default=names, choices=names)
-    parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
+    parser.add_argument("--calls", nargs="+", type=options.count, default=list(CALLS))
     parser.add_argument("--seconds", type=float, default=30.0, help="for a grid")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -3,6 +3,7 @@ benchmarks of speed, of which the short versions run here on next to nothing."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ main = pytest.importorskip(
     "benchmarks.__main__", reason="run from the root of the repository, with `python -m pytest`"
 )
 
-from benchmarks import sampling_speed, training_speed  # noqa: E402
+from benchmarks import accuracy, sampling_speed, training_speed, tuning  # noqa: E402
 from benchmarks.__main__ import OUT, Part  # noqa: E402
 
 GOOD = """
@@ -65,10 +66,54 @@ def test_one_report_of_everything(parts, tmp_path, monkeypatch, capsys):
 def test_every_benchmark_that_is_there_is_known():
     folder = Path(main.__file__).parent
     helpers = {"__init__", "__main__", "peers", "problems", "coupled", "digits_checkpoint"}
-    helpers |= {"hostile", "bad_inputs"}
+    helpers |= {"hostile", "bad_inputs", "options"}
     alone = {"damage", "mutation", "sweep", "sde_default"}  # of the tests, of a release, of a default: long
     there = {path.stem for path in folder.glob("*.py")} - helpers - alone
     assert there <= {part.title for part in main.PARTS}
+
+
+def ended(name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit status of a benchmark whose command line goes no further."""
+    monkeypatch.setattr("sys.argv", [name, *words.split()])
+    with pytest.raises(SystemExit) as found:
+        importlib.import_module(f"benchmarks.{name}").main()
+    return found.value.code
+
+
+@pytest.mark.parametrize("name", ["accuracy", "digits", "recommend", "sde_default", "tuning", "tuning_grid"])
+def test_help_is_the_whole_docstring_and_runs_nothing(name, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    assert ended(name, "--help", monkeypatch) == 0
+    assert importlib.import_module(f"benchmarks.{name}").__doc__.strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "says"),
+    [
+        ("accuracy", "--calls 0", "expected a whole number of at least 1, found '0'"),
+        ("tuning", "--calls 5 -3", "found '-3'"),
+        ("recommend", "--more-samples 0", "found '0'"),  # what no sample tells would be chance
+        ("recommend", "--mixtures none", "found 'none'"),
+        ("guidance", "--each 1", "expected at least 2, found '1'"),  # a spread takes two
+        ("mutation", "--count 0", "found '0'"),
+    ],
+)
+def test_wrong_numbers_are_refused(name, words, says, monkeypatch, capsys):
+    assert ended(name, words, monkeypatch) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_tuning_says_which_calls_there_are(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tuning", "--problems", "ring", "--calls", "6", "7"])
+    monkeypatch.setattr(tuning, "board", lambda name: pytest.fail("a problem was begun"))
+    with pytest.raises(ValueError, match=r"calls in accuracy_ring.json \(\[5, 6, .*\), found 7"):
+        tuning.main()
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected results accuracy_NAME\.json in .*, found none"):
+        accuracy.report(tmp_path, "accuracy", accuracy.DEFAULT, "", "")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", sampling_speed.METHODS)
