@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,16 @@ def test_every_solver_runs_or_says_why_not(seed: int) -> None:
     report = sweep.sweep(settings, KNOWN)
     assert report.failures == [] and report.counts["run"] > 0.75 * len(KNOWN)
     assert report.counts.total() == len(KNOWN)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_only_the_whole_sweep_is_kept(quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks.reliability` cites what is kept as the whole."""
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
+    monkeypatch.setattr(sweep, "sweep", lambda settings, known: sweep.Report())
+    monkeypatch.setattr("sys.argv", ["sweep", *["--quick"] * quick])
+    sweep.main()
+    assert {file.name for file in tmp_path.iterdir()} == (set() if quick else {"sweep.json", "sweep.md"})
 
 
 def test_the_parts_reach_everything() -> None:
