@@ -183,14 +183,10 @@ def qualities(model: Denoiser, found: Comparison, n: int, seed: int) -> dict[str
     """Rows by configuration, and the floor: what held-out digits reach."""
     examiner = digits.Examiner(digits.load())
     listed = {f"{name} on {grid}": (solver, grid) for name, (solver, grid) in KNOWN.items()}
-    for name in (
-        "diffusers UniPC-3 bh2",
-        "k-diffusion dpmpp_2m",
-        "k-diffusion dpmpp_2m_sde midpoint eta=1.0",
-    ):
+    for name in POPULAR:
         for known, stochastic in ((peers.ODE, False), (peers.SDE, True)):
             if name in (others := public(known, stochastic)):
-                listed[f"{name} on karras(rho=7)"] = others[name], "karras(rho=7)"
+                listed[f"{name} on {PUBLIC_GRID}"] = others[name], PUBLIC_GRID
     rows = {
         name: [q for calls in QUALITY_CALLS if (q := quality(model, examiner, solver, grid, calls, n, seed))]
         for name, (solver, grid) in listed.items()
