@@ -1,5 +1,5 @@
-"""What tuning gains on noises that it has never seen: the best untuned solver and grid of any library against
-one tuned table, on three laws with exact denoisers and on a trained network.
+"""What tuning gains on noises that it has never seen: one tuned table against the best untuned solver and
+grid, of any library on three laws with exact denoisers, of ours on a trained network.
 
     python -m benchmarks.tuning [--problems ring ...] [--calls 5 6 8 10] [--quick] [--out DIR]
 
