@@ -8,9 +8,10 @@ float64: the root mean square per coordinate over the samples that do not end in
 sample further than 0.3 off), the share of flips, and the median. For every number of calls a configuration
 (solver and grid) is chosen by that score on one set of noises and reported on another, by the same rule for
 ours and for theirs: all configurations run on the first 64 noises of the first set, the 16 best of either
-side on all of it, and the best of these once on the second set. One that is more than 15 times off the best
-of its side is not tried with more calls. Public samplers run on the grids that public code offers, ours also
-on other powers of t, and between grids. Solvers of ours whose tables are equal count once.
+side on all of it, and the best of these once on the second set. One that with 10 calls or
+more is more than 15 times off the best of its side is not tried with more. Public samplers run on the grids
+that public code offers, ours also on other powers of t, and between grids. Solvers of ours whose tables are
+equal count once.
 
 The subspace problem of 3072 dimensions runs in the 61 coordinates of an orthogonal map that its law and all
 samplers commute with (`problems.to_inside`). The public libraries need the environment of

@@ -231,7 +231,9 @@ def diffusers_scheduler(name: str, alpha: Tensor, sigma: Tensor, **config: Any) 
 
 
 def diffusers(name: str, eta: float | None = None, **config: Any) -> Peer:
-    """A scheduler's `step`, fed with predicted noise. eta: of DDIMScheduler."""
+    """A scheduler's `step`, fed with predicted noise. eta: of DDIMScheduler.
+
+    DPMSolverMultistepScheduler rounds its state to float32 in every step."""
 
     def run(task: Task, x: Tensor) -> Tensor:
         with warnings.catch_warnings():

@@ -19,8 +19,9 @@ For every mixture and number of calls: Spearman's correlation of predicted and t
 candidates, and the true error of the recommended one over the least. Squared distances of laws that are less
 than their standard error (the median over the candidates) count as equal to it, and so do predicted ones
 below it when they are ranked, for nobody can tell those apart; the recommended one is still that of the least
-prediction. Beside them those of the plain Gaussian surrogate, and of fixed choices. The seed of the scored
-mixtures was not used in development.
+prediction. Beside them those of the plain Gaussian surrogate, and of the fixed choices that are among the
+candidates (of FIXED, with one in 5, the second alone). The seed of the scored mixtures was not used in
+development.
 """
 
 from __future__ import annotations
