@@ -152,6 +152,35 @@ def test_a_board_narrows_down_and_keeps_what_was_measured_last():
     assert sorted(kept) == sorted(ours) and kept["ours10"] == [1.4] and kept["ours8"] == [3.4]
 
 
+def test_a_board_gives_up_what_is_far_off_the_best_of_its_own_side():
+    runs = [accuracy.Run(*about, "grid", lambda *args: None, NODES) for about in FAR]
+    asked = []
+
+    def measure(run, calls, stage):
+        asked.append((run.solver, calls))
+        return accuracy_sde.Distance(FAR[run.side, run.solver])
+
+    accuracy.board("gaussian", runs, [15, 10, 8, 5], measure, ("none", "grid"))
+    assert {calls for name, calls in asked if name == "hopeless"} == {5, 8, 10}
+    for name in ("good", "fair", "worse than ours"):
+        assert {calls for who, calls in asked if who == name} == {5, 8, 10, 15}
+
+
+FAR = {
+    ("ours", "good"): 1.0,
+    ("ours", "fair"): 14.9,
+    ("ours", "hopeless"): 15.1,
+    ("theirs", "worse than ours"): 100.0,
+}
+
+
+def test_ratios_are_averaged_in_the_logarithm():
+    rows = [{"default": {"error": error}, "theirs": {"error": 2.0}} for error in (2.0, 8.0)]
+    rows += [{"theirs": {"error": 1.0}}]
+    assert accuracy.mean_ratio([{"rows": rows[:1]}, {"rows": rows[1:]}]) == pytest.approx(2.0)
+    assert math.isnan(accuracy.mean_ratio([{"rows": rows[2:]}]))
+
+
 def test_a_default_is_the_best_over_problems_and_calls():
     """Each problem counts alike, however large its errors are, and what is below the floor is no better than
     that; who falls behind as calls grow is not tried with more."""
@@ -264,6 +293,21 @@ def test_adaptive_results_hold(unchecked):
         found, mean, largest = adaptive.ours(6)(model, x, run["tolerance"])
         assert mean <= run["mean"] * 1.001 and largest <= run["largest"]
         assert float((found - exact).square().mean().sqrt()) <= run["error"] * 1.01
+
+
+@pytest.mark.parametrize("bench", [adaptive, likelihood])
+def test_calls_at_an_error_lie_between_the_best_runs_around_it(bench):
+    runs = [bench.Run(0.1, *rest) for rest in ((1e-3, 20.0, 30), (5e-4, 60.0, 70), (1e-5, 40.0, 52))]
+    assert bench.calls_at(runs, 1e-4) == pytest.approx((30.0, 41.0))
+    assert bench.calls_at(runs, 1e-3) == (20.0, 30.0)
+    assert all(map(math.isnan, (*bench.calls_at(runs, 9e-6), *bench.calls_at(runs, 1.1e-3))))
+
+
+def test_the_usual_likelihood_is_the_same_number(unchecked):
+    model, x = likelihood.subject("ring", 1e-3, True)
+    value, calls = likelihood.usual(model, x[:4], 1e-3, 1e-8)
+    assert calls > 50
+    torch.testing.assert_close(value, likelihood.ours(model, x[:4], 1e-3, 1e-9)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

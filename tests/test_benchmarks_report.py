@@ -14,8 +14,9 @@ main = pytest.importorskip(
     "benchmarks.__main__", reason="run from the root of the repository, with `python -m pytest`"
 )
 
-from benchmarks import accuracy, sampling_speed, training_speed, tuning  # noqa: E402
+from benchmarks import accuracy, guidance, sampling_speed, training_speed, tuning  # noqa: E402
 from benchmarks.__main__ import OUT, Part  # noqa: E402
+from benchmarks.overhead import Case  # noqa: E402
 
 GOOD = """
 import json, sys, pathlib
@@ -143,6 +144,20 @@ def test_what_cannot_run_is_in_the_table(monkeypatch):
     table = sampling_speed.report([row, other], "cpu")
     assert "| skipped: no compiler |" in table
     assert "| DDIM | 2x1x8x8 | 2 | eager | float32 | 4.0 | 2.0 | 500 | 0.50 |" in table
+
+
+def test_milliseconds_are_of_whole_runs(monkeypatch):
+    made = Case("DDIM", "eager", "2x1x8x8", {"sample": lambda: None}, steps=4)
+    monkeypatch.setattr(sampling_speed, "case", lambda **given: made)
+    setting = {"method": "DDIM", "shape": (2, 1, 8, 8), "steps": 4, "mode": "eager", "dtype": torch.float32}
+    clock = lambda function, repeats=1: 0.25  # noqa: E731  seconds a call
+    row = sampling_speed.measured({**setting, "turns": 3}, torch.device("cpu"), clock)
+    assert row["milliseconds"] == {"sample": pytest.approx(250.0)}
+
+
+def test_the_spread_is_the_median_distance_to_another_one():
+    x = torch.tensor([0.0, 1.0, 3.0, 7.0, 7.5]).view(5, 1, 1, 1)  # 1, 1, 2, 0.5, 0.5
+    assert guidance.spread(x) == 1.0
 
 
 @pytest.mark.parametrize("name", training_speed.LOOPS)
