@@ -27,7 +27,8 @@ before: the distance of samples from the expected order statistics of the law, i
 samples have, of 32768 samples (64 dimensions; on the ring with all images, with 20 and 30 calls 8 times as
 many; on the subspace 8 times, with 20 calls 32 times as many); the floor is half of what true samples have.
 
-The public libraries need the environment of benchmarks/peers.txt.
+The public libraries need the environment of benchmarks/peers.txt; without it torchsde alone is theirs, and
+ratios tell little.
 """
 
 from __future__ import annotations
