@@ -19,9 +19,8 @@ For every mixture and number of calls: Spearman's correlation of predicted and t
 candidates, and the true error of the recommended one over the least. Squared distances of laws that are less
 than their standard error (the median over the candidates) count as equal to it, and so do predicted ones
 below it when they are ranked, for nobody can tell those apart; the recommended one is still that of the least
-prediction. Beside them those of the plain Gaussian surrogate, and of the fixed choices that are among the
-candidates (of FIXED, with one in 5, the second alone). The seed of the scored mixtures was not used in
-development.
+prediction. Beside them those of the plain Gaussian surrogate, and of the fixed choices FIXED, which for
+samples are candidates too. The seed of the scored mixtures was not used in development.
 """
 
 from __future__ import annotations
@@ -81,6 +80,14 @@ def random_mixture(generator: torch.Generator, dim: int) -> Mixture:
 def dimensions(count: int) -> list[int]:
     """From 2 to 64, evenly in the logarithm."""
     return [round(2 * 32 ** (i / max(count - 1, 1))) for i in range(count)]
+
+
+def candidates_of(need: str, number: int) -> list[Candidate]:
+    """Those that are tried on a mixture: one in so many of the pool, and for samples the fixed choices."""
+    if need == "diversity":
+        return pool(stochastic=True)[number % STRIDES[need] :: STRIDES[need]]
+    listed = pool()[:: STRIDES[need]]
+    return [*listed, *(c for c in pool() if c.name in FIXED and c not in listed)]
 
 
 class Outcome(NamedTuple):
@@ -199,8 +206,7 @@ def one(
         "modes": len(law.means),
         "fitted": len(fitted["mixture"].law.means),
     }
-    first = number % STRIDES[need] if need == "diversity" else 0
-    offered = pool(stochastic=need == "diversity")[first :: STRIDES[need]]
+    offered = candidates_of(need, number)
     for n in calls:
         found = {name: recommend(SDE, s, n, need, candidates=offered) for name, s in fitted.items()}
         listed = [r.candidate for r in found["mixture"].ranking]
