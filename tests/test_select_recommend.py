@@ -24,7 +24,7 @@ from scoresde.select import (
     recommend,
     trials,
 )
-from scoresde.select.surrogate import _maximised
+from scoresde.select.surrogate import _maximised, checked_batch
 from scoresde.select.tables import maps, run_stack, stack
 from scoresde.solvers.base import Card, TableSolver
 from scoresde.tableau import Tableau
@@ -398,12 +398,25 @@ def test_few_samples_are_taken_as_they_are_unless_there_is_guidance():
 def test_kernels_are_the_samples_with_a_part_of_the_spread():
     data = normal(2100, 2, seed=19) * torch.tensor([1.0, 3.0], dtype=torch.float64)
     law = kernel_surrogate(data, width=0.5).law
-    assert law.means.equal(data[::3])
+    own = set(map(tuple, data.tolist()))
+    assert len(law.means) == len(own & set(map(tuple, law.means.tolist()))) == 1024
+    assert kernel_surrogate(data[:1000]).law.means.equal(data[:1000])
     within = law.variance - law.means.var(0, correction=0)
     assert within.tolist() == pytest.approx([0.25 * float(data.var(0).mean())] * 2, rel=1e-9)
     assert kernel_surrogate(normal(40, 300)).dim == 300
     with pytest.raises(ValueError, match="expected a width"):
         kernel_surrogate(data, width=0.0)
+
+
+@pytest.mark.parametrize("n", [4097, 20_000])
+def test_a_fit_sees_all_classes_of_data_that_go_through_them_in_turn(n):
+    angle = torch.arange(n) % 10 * (math.pi / 5)
+    data = torch.stack([angle.cos(), angle.sin()], 1) + 0.01 * normal(n, 2, seed=30)
+    for found in (mixture_surrogate(data, components=1), kernel_surrogate(data, width=0.01)):
+        assert found.law.variance.tolist() == pytest.approx([0.5, 0.5], rel=0.1)
+    spacing = torch.cdist(kernel_surrogate(data).law.means, data[:10]).amin(0)
+    assert float(spacing.max()) < 0.1
+    assert len(checked_batch(data)) == 4096
 
 
 def test_a_component_without_samples_is_dropped():

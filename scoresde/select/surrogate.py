@@ -81,7 +81,7 @@ def kernel_surrogate(data: Tensor, *, width: float = 0.15) -> Surrogate:
     if not 0 < width < math.inf:
         raise ValueError(f"expected a width > 0, found {width}")
     points, rest, others = _inside(checked_batch(data))
-    kept = points[:: math.ceil(len(points) / KERNELS)]
+    kept = _drawn(points, KERNELS)
     spread = width**2 * float(points.var(0).mean())
     return Surrogate(Mixture([1 / len(kept)] * len(kept), kept, spread), rest, others)
 
@@ -100,11 +100,18 @@ def checked_batch(data: Any) -> Tensor:
     points = data.detach().double().cpu().flatten(1)
     if not bool(points.isfinite().all()):
         raise ValueError("expected finite data, found NaN or infinity")
+    points = _drawn(points, SAMPLES)
     if not bool((points != points[0]).any()):
         raise ValueError("expected data that differ, found copies of one sample")
-    if len(points) > SAMPLES:  # a stride, not the first ones: files are often sorted
-        points = points[:: math.ceil(len(points) / SAMPLES)]
     return points
+
+
+def _drawn(points: Tensor, most: int) -> Tensor:
+    """At most so many of them, always the same: neither the first nor one in so many, for files are often
+    sorted, or go through their classes in turn."""
+    if len(points) <= most:
+        return points
+    return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:most]]
 
 
 def _inside(points: Tensor) -> _Inside:
