@@ -395,6 +395,13 @@ def test_few_samples_are_taken_as_they_are_unless_there_is_guidance():
     assert len(recommend(SDE, spread, guidance=2.0, **how).surrogate.law.means) < 8
 
 
+def test_all_samples_count_for_a_mixture_also_those_that_a_fit_does_not_look_at(monkeypatch):
+    monkeypatch.setattr(MODULE, "mixture_surrogate", gaussian_surrogate)  # fast
+    for n, kind in ((4199, Mixture), (4200, Gaussian)):
+        found = recommend(SDE, normal(n, 210, seed=31), 5, candidates=FEW[::9])
+        assert type(found.surrogate.law) is kind
+
+
 def test_kernels_are_the_samples_with_a_part_of_the_spread():
     data = normal(2100, 2, seed=19) * torch.tensor([1.0, 3.0], dtype=torch.float64)
     law = kernel_surrogate(data, width=0.5).law

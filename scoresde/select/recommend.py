@@ -114,7 +114,7 @@ def _surrogate(data: Data, fit: Callable[[Tensor], Surrogate] | None, guidance: 
         return Surrogate(Gaussian(mean, variances))
     points = checked_batch(data)
     if fit is None:
-        enough = len(points) >= ENOUGH * points.shape[1]
+        enough = len(data) >= ENOUGH * points.shape[1]  # points are at most as many as a fit looks at
         fit = mixture_surrogate if enough or guidance is not None else kernel_surrogate
     return fit(data)
 
