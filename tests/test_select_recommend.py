@@ -320,6 +320,14 @@ def test_guidance_of_scale_one_is_the_component_by_itself():
     assert all(by_class[c] == pytest.approx(alone[c], rel=0.2) for c in alone)
 
 
+def test_as_many_samples_are_far_whatever_little_there_is_outside():
+    """All distances are per root of all coordinates, so that what is far is too."""
+    law = Mixture([0.5, 0.5], [[-3.0, 1.0], [3.0, 1.0]], 0.05)
+    told = [recommend(SDE, Surrogate(law, 0.0, others), 3, candidates=[HEUN]).why for others in (0, 98)]
+    assert "% of the samples end far" in told[0]
+    assert told[0] == told[1]
+
+
 # Likelihood
 
 

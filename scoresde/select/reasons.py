@@ -33,8 +33,7 @@ def why(problem: Problem, errors: list[tuple[Entry, float]], exact: Exact | None
     else:
         _, variances, axes = axes_of(problem.law)
         tried = trial(problem, [best], exact, problem.noises, encode)
-        spread = float((exact.wanted - exact.wanted.mean(0)).square().mean().sqrt())
-        flipped = tried.each[0] > FLIP * spread
+        flipped = tried.each[0] > FLIP * _spread(problem, exact, encode)
         kept = tried.errors[0][~flipped]
         told.append(_where((kept if axes is None else kept @ axes).square().mean(0), variances))
         if bool(flipped.any()):
@@ -44,6 +43,15 @@ def why(problem: Problem, errors: list[tuple[Entry, float]], exact: Exact | None
                 f"solution{where}: more calls help."
             )
     return " ".join(filter(None, told))
+
+
+def _spread(problem: Problem, exact: Exact, encode: bool) -> float:
+    """Standard deviation per coordinate where the exact solution ends, those outside the law included."""
+    sde, s = problem.sde, problem.surrogate
+    end = sde.t_max if encode else problem.last
+    outside = sde.alpha(end) ** 2 * s.rest + sde.sigma(end) ** 2
+    inside = (exact.wanted - exact.wanted.mean(0)).square().mean(0).sum()
+    return float(((inside + s.others * outside) / s.dim).sqrt())
 
 
 def gain(ranking: Sequence[Ranked]) -> str:
