@@ -214,10 +214,11 @@ def mode_coverage(x: Float[Tensor, "n ..."], mixture: Law) -> Coverage:
     `r_k(x) = w_k N(x; m_k, S_k)/p(x)`; a sample is counted for its most probable mode in `covered`.
 
     Samples of a process that ends at t > 0 belong to `mixture.marginal(sde, t)`. Raises ValueError for no
-    samples, or samples that do not fit the law.
+    samples, samples that do not fit the law, or values that are not finite.
     """
     if not len(x):
         raise ValueError("expected at least one sample, found none")
+    _flat(x, x)  # says what is not finite
     r = mixture.responsibilities(x)
     shares, weights = r.mean(0), mixture.weights
     hit = torch.bincount(r.argmax(1), minlength=len(weights)) > 0
@@ -291,7 +292,7 @@ def _filled(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flat(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    if x.ndim < 1 or x.shape[1:] != y.shape[1:]:
+    if min(x.ndim, y.ndim) < 1 or x.shape[1:] != y.shape[1:]:
         raise ValueError(
             f"expected samples of one shape after the first axis, found {tuple(x.shape)} and {tuple(y.shape)}"
         )

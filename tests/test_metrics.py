@@ -333,12 +333,15 @@ def test_the_floor_takes_different_samples():
         (lambda x: sliced_wasserstein(x, x[:0]), "at least one sample on both sides, found 5 and 0"),
         (lambda x: sliced_wasserstein(x, x, directions=0), "at least one direction"),
         (lambda x: sliced_wasserstein(x, x[:, :1]), "samples of one shape"),
+        (lambda x: energy_distance(x[:, 0], x[0, 0]), "samples of one shape"),
         (lambda x: mmd(x, x[:1]), "at least two samples"),
         (lambda x: mmd(x, x, bandwidth=0.0), "bandwidth > 0"),
         (lambda x: mmd(0 * x, 0 * x), "bandwidth > 0"),
         (lambda x: frechet(x[:1], x), "at least two samples"),
         (lambda x: frechet(x / 0, x), "finite"),
         (lambda x: mode_coverage(x[:0], Gaussian([0.0, 0.0], 1.0)), "at least one sample"),
+        (lambda x: mode_coverage(x / 0, Gaussian([0.0, 0.0], 1.0)), "finite"),
+        (lambda x: mode_coverage(x * math.nan, Gaussian([0.0, 0.0], 1.0)), "finite"),
     ],
 )
 def test_what_the_others_cannot_measure(call, message: str, unchecked: None):
