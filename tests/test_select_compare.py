@@ -622,13 +622,15 @@ def test_json_and_csv_keep_everything():
         row("a", 5, 0.5),
         replace(row("b", 5, math.inf), median=1.0),
         replace(row("c", 5, 0.25), flips=None, memory=None),
+        replace(row("d", 5, 0.25), flips=0.6, median=math.inf),
+        replace(row("e", 6, math.inf), flips=None, median=None, wins=None),
     )
     table = Comparison(rows, about(reference_error=1e-7), (LeftOut("x", "", 5, 'why, "not"\n'),))
     text = table.to_json()
     assert Comparison.from_json(text) == table
     assert text.count("\n") < 12 and "Infinity" not in text and json.loads(text)["format"]
     parsed = list(csv.DictReader(table.to_csv().splitlines()))
-    assert [float(line["error"]) for line in parsed] == [0.25, 0.5, math.inf]
+    assert [float(line["error"]) for line in parsed] == [0.25, 0.5, math.inf, 0.25, math.inf]
     assert parsed[0]["memory"] == "" and parsed[1]["solver"] == "a"
     for wrong in ("", "{}", "[]", '{"format": "else"}', text.replace("median", "middle"), text[:-4]):
         with pytest.raises(ValueError, match=r"JSON written by Comparison\.to_json"):

@@ -210,7 +210,7 @@ class Comparison:
         return lines
 
     def to_json(self) -> str:
-        """Everything as JSON, one row a line; infinite errors as null."""
+        """Everything as JSON, one row a line; infinite errors and medians as null."""
         parts = [
             f'"format": {json.dumps(FORMAT)}',
             f'"about": {_json(self.about)}',
@@ -282,7 +282,9 @@ _INFINITE = ("error", "low", "high")
 
 
 def _infinite(row: Mapping[str, Any]) -> dict[str, float]:
-    return {name: math.inf for name in _INFINITE if row[name] is None}
+    """What was infinite; a median, which distances between laws have not, where there are `wins`."""
+    names = _INFINITE if row.get("wins") is None else (*_INFINITE, "median")
+    return {name: math.inf for name in names if row[name] is None}
 
 
 def _json(item: Any) -> str:
