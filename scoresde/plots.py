@@ -30,10 +30,15 @@ def image_rows(
     """A row of images for each entry of `rows`, its name to the left: the first `columns`; 1 or 3 channels.
 
     Pixels in [-1, 1], clipped, not rescaled. heads: words above the columns. scale: inches an image.
-    Raises ValueError for no rows or other numbers of channels, ImportError without matplotlib.
+    Raises ValueError for no rows, no images in one, no columns, or other numbers of channels; ImportError
+    without matplotlib.
     """
     if not rows:
         raise ValueError("expected at least one row of images, found none")
+    if columns < 1:
+        raise ValueError(f"expected at least one column, found {columns}")
+    if empty := [name for name, x in rows.items() if not len(x)]:
+        raise ValueError(f"expected at least one image in every row, found none in {empty[0]!r}")
     images = [list(x[:columns]) for x in rows.values()]
     return _mosaic(images, list(rows), heads, title, scale, left=0.35 + 0.075 * _longest(rows))
 
@@ -76,7 +81,7 @@ def fronts(comparison: Comparison, *, title: str = "", named: int = 8) -> Figure
     which errors cannot be told apart; errors <= 0, which distances between laws may have, are drawn at the
     lower edge. Raises ValueError for a comparison without finite errors, ImportError without matplotlib.
     """
-    shown = [row for row in comparison.rows if math.isfinite(row.error)]
+    shown = [row for row in comparison.rows if math.isfinite(row.error) and math.isfinite(row.score)]
     if not shown:
         raise ValueError("expected a comparison with finite errors, found none")
     figure = _figure((11, 5))
@@ -113,12 +118,6 @@ def fronts(comparison: Comparison, *, title: str = "", named: int = 8) -> Figure
     figure.suptitle(title or f"{comparison.about.n} samples, seed {comparison.about.seed}", fontsize=11)
     figure.tight_layout(rect=(0, 0.04 * math.ceil(len(labels) / 2), 1, 1))
     return figure
-
-
-def _place(
-    rows: Sequence[Row], cost: Callable[[Row], float], lowest: float
-) -> tuple[list[float], list[float]]:
-    return [cost(row) for row in rows], [max(row.score, lowest) for row in rows]
 
 
 def _leading(comparison: Comparison) -> list[str]:

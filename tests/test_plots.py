@@ -91,6 +91,11 @@ def test_no_window_is_prepared(tmp_path: Path):
 def test_what_cannot_be_drawn(unchecked: None):
     with pytest.raises(ValueError, match="at least one row"):
         plots.image_rows({})
+    with pytest.raises(ValueError, match="at least one image in every row, found none in 'b'"):
+        plots.image_rows({"a": torch.zeros(2, 1, 8, 8), "b": torch.zeros(0, 1, 8, 8)})
+    for columns in (0, -1):
+        with pytest.raises(ValueError, match="at least one column"):
+            plots.image_rows({"a": torch.zeros(2, 1, 8, 8)}, columns=columns)
     with pytest.raises(ValueError, match="1 or 3 channels"):
         plots.image_rows({"a": torch.zeros(2, 2, 8, 8)})
     with pytest.raises(ValueError, match="the 2 times"):
@@ -143,6 +148,17 @@ def test_each_picture_has_its_own_front():
     quick = Row("c", "g", 20, 20, 0.05, None, 0.4, 0.4, 0.4)
     figure = plots.fronts(replace(table, rows=(*table.rows, quick)))
     assert [lines(ax)["front"] for ax in figure.axes] == [[(5, 0.5), (6, 0.05)], [(0.05, 0.4), (0.2, 0.05)]]
+
+
+def test_medians_that_are_infinite_are_not_drawn():
+    """Of a run most of whose samples are infinitely far, and the others near."""
+    table = comparison(0.5, 0.2)
+    lost = replace(table.rows[0], solver="c", calls=1, seconds=1e-3, median=math.inf, flips=0.6)
+    with_it, without = (plots.fronts(replace(table, rows=rows)) for rows in ((*table.rows, lost), table.rows))
+    for one, other in zip(with_it.axes, without.axes, strict=True):
+        assert one.get_ylim() == other.get_ylim() and lines(one)["front"] == lines(other)["front"]
+    with pytest.raises(ValueError, match="finite errors"):
+        plots.fronts(replace(table, rows=(lost,)))
 
 
 def test_errors_without_a_logarithm_are_at_the_edge():

@@ -587,15 +587,16 @@ def row(solver: str, calls: int, error: float, seconds: float = 1.0, budget: int
 def test_fronts_are_what_nothing_dominates():
     rows = [row("a", 5, 0.5, 3), row("b", 5, 0.4, 2), row("c", 10, 0.4, 1), row("d", 10, 0.3, 4),
             replace(row("e", 20, math.inf, 0.5), median=3.0, flips=1.0),
+            replace(row("g", 1, 0.6, 0.1), median=math.inf, flips=0.6),
             row("f", 9, 0.2, 9, budget=10)]  # fmt: skip
     table = Comparison(tuple(rows), about())
     assert [r.solver for r in table.front()] == ["b", "f"]
     assert [r.solver for r in table.front(by_seconds)] == ["c", "d", "f"]
-    assert [r.solver for r in table.rows] == ["b", "a", "f", "d", "c", "e"]
+    assert [r.solver for r in table.rows] == ["g", "b", "a", "f", "d", "c", "e"]
     assert table.best(5).solver == "b" and table.best(9).solver == table.best(99).solver == "f"
-    assert table.budgets() == [5, 10, 20]
-    with pytest.raises(ValueError, match="at most 4 calls"):
-        table.best(4)
+    assert table.budgets() == [1, 5, 10, 20]
+    with pytest.raises(ValueError, match="at most 0 calls"):
+        table.best(0)
     # Below the resolution the cheapest is as good as the best.
     blurred = Comparison(tuple(rows), about(reference_error=0.45))
     assert [r.solver for r in blurred.front()] == ["b"]

@@ -144,7 +144,8 @@ class Comparison:
 
     def front(self, cost: Callable[[Row], float] | None = None) -> list[Row]:
         """The non-dominated rows, by rising cost: no other row is as cheap and as good, and better in one.
-        Rows below `About.resolution` are equally good. Those whose samples all end elsewhere are none.
+        Rows below `About.resolution` are equally good. Those whose samples all end elsewhere, or most of them
+        infinitely far, are none.
 
         cost: `by_calls` if None; `by_seconds` is the other one that is printed.
         """
@@ -155,7 +156,8 @@ class Comparison:
 
         kept: list[Row] = []
         for row in sorted(self.rows, key=lambda row: (cost(row), row.score)):
-            if math.isfinite(row.error) and (not kept or told(row) < told(kept[-1])):
+            finite = math.isfinite(row.error) and math.isfinite(row.score)
+            if finite and (not kept or told(row) < told(kept[-1])):
                 kept.append(row)
         return kept
 
