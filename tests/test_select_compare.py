@@ -343,6 +343,9 @@ def test_a_failing_run_does_not_end_it():
             "give that as end",
         ),
         ({"reference": torch.zeros(3, 2)}, ValueError, r"reference of shape \(64, 2\)"),
+        ({"reference": torch.full((64, 2), math.nan)}, ValueError, "a finite reference"),
+        ({"flip": 0.0}, ValueError, "expected flip > 0, found 0.0"),
+        ({"flip": math.nan}, ValueError, "expected flip > 0, found nan"),
         ({"reference": solvers.ddim}, TypeError, "as reference"),
         ({"data": torch.zeros(99, 2), "reference": solvers.ddim()}, ValueError, "give one"),
         ({"data": torch.zeros(99, 2), "n": 19}, ValueError, "n of at least 20"),
@@ -354,6 +357,8 @@ def test_a_failing_run_does_not_end_it():
         ({"data": [[0.0, 0.0]] * 99}, TypeError, "a tensor .* as data, found list"),
         ({"budget": "60"}, TypeError, "seconds or Budget.* as budget, found '60'"),
         ({"budget": math.nan}, TypeError, "seconds or Budget.* as budget, found nan"),
+        ({"budget": Budget(seconds=math.nan)}, TypeError, "seconds or Budget.* as budget, found Budget"),
+        ({"budget": Budget(calls=math.nan)}, TypeError, "seconds or Budget.* as budget, found Budget"),
         ({"reference": solvers.ddpm()}, ValueError, r"a deterministic reference, found ddpm\(\)"),
         ({"reference": solvers.adaptive_sde()}, ValueError, "a deterministic reference"),
         (

@@ -142,6 +142,8 @@ def compare(
     numbers = _checked(model, calls, size, data)
     if data is not None and (reference is not None or flip is not None):
         raise ValueError("expected a reference (and flip), or data to compare with; found both: give one")
+    if flip is not None and not flip > 0:
+        raise ValueError(f"expected flip > 0, found {flip!r}")
     spacing.uniform(model.sde, 1, end)  # says what is wrong with the end
     last = float(model.sde.default_end if end is None else end)
     jobs, unfit = listed(
@@ -184,11 +186,12 @@ def compare(
 
 
 def _limit(budget: Budget | float | None) -> Budget:
-    if budget is None or isinstance(budget, Budget):
-        return budget or Budget()
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or math.isnan(budget):
+    if budget is None:
+        return Budget()
+    limit = budget if isinstance(budget, Budget) else Budget(budget)
+    if any(isinstance(v, bool) or not isinstance(v, int | float) or math.isnan(v) for v in limit):
         raise TypeError(f"expected seconds or Budget(seconds, calls) as budget, found {budget!r}")
-    return Budget(float(budget))
+    return limit
 
 
 def _checked(model: Any, calls: Any, size: tuple[Any, ...], data: Tensor | None) -> list[int]:

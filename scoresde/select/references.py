@@ -92,10 +92,13 @@ def solution(
     tick: Callable[[int], Any],
 ) -> Solution:
     """The samples, from the store if it has them. Raises ValueError if they cost more than `most_calls` or
-    are not there at the time `until` (of `perf_counter`), or a given one has another shape."""
+    are not there at the time `until` (of `perf_counter`), or a given one has another shape or is not
+    finite."""
     how = plan.how
     if isinstance(how, Tensor) and how.shape != run.shape:
         raise ValueError(f"expected a reference of shape {run.shape}, found {tuple(how.shape)}")
+    if isinstance(how, Tensor) and not bool(how.isfinite().all()):
+        raise ValueError("expected a finite reference, found NaN or infinity")
     key = digest(identity, how.key if isinstance(how, How) else how, plan.check.key)
     kept = None if store is None else store.tensors(key)
     if kept is None:
