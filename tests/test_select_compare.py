@@ -266,6 +266,17 @@ def test_the_jackknife_is_exact_for_a_mean(alpha_ledger):
     assert (row.error, row.low, row.high) == pytest.approx((groups.mean(), low, high), rel=1e-5)
 
 
+@pytest.mark.parametrize("n", [20, 21, 41, 99])
+def test_the_jackknife_has_ten_groups_of_nearly_one_size(n):
+    """Whatever n: 21 samples were seven groups of three, 41 eight of five and one of one."""
+    sizes: list[tuple[int, int]] = []
+    measure = Laws(torch.zeros(n, 1), lambda a, b: float(sizes.append((len(a), len(b))) or 0.0))
+    assert len(measure(torch.zeros(n, 1))["without"]) == 10
+    assert sizes.pop() == (n, n)
+    assert {size for pair in sizes for size in pair} <= {n - n // 10 - 1, n - n // 10}
+    assert sum(n - mine for mine, _ in sizes) == n
+
+
 # ---- what may be compared
 
 

@@ -135,7 +135,7 @@ class Laws:
 
     def __call__(self, x: Tensor) -> Record:
         data = self.data.to(x.device)
-        parts = torch.arange(len(x)).chunk(GROUPS)
+        parts = torch.arange(len(x)).tensor_split(GROUPS)
         kept = [torch.cat([p for p in parts if p is not part]) for part in parts]
         # A metric for sets of one size goes on with sets of one size.
         same = len(data) == len(x)
