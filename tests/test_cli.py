@@ -259,7 +259,9 @@ def test_a_network_for_vectors(
         patched.setattr(Denoiser, "forward", None)  # it is said before the model is called
         patched.setattr(Denoiser, "rows", None)
         said = failing(capsys, "sample", str(path), "--shape", "3", "--out", picture)
-    assert "expected images (n, c, h, w) for a picture, found (64, 3): give --out samples.npy" in said
+        flow = failing(capsys, "sample", str(path), "--shape", "2", "8", "8", "--out", picture)
+    assert "expected images (n, c, h, w) of 1 or 3 channels for a picture, found (64, 3): give" in said
+    assert "found (64, 2, 8, 8): give --out samples.npy" in flow
     assert "without classes" in failing(
         capsys, "sample", str(path), "--shape", "3", "--label", "1", "--out", str(out)
     )
@@ -367,6 +369,12 @@ def test_tune_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str], unc
         (["sample", str(CHECKPOINT), "--out", "samples.txt"], ".png or .npy"),
         (["sample", str(CHECKPOINT), "--n", "0"], "at least 1 sample"),
         (["sample", str(CHECKPOINT), "--steps", "0"], "steps"),
+        (["compare", str(CHECKPOINT), "--n", "-5"], "at least 1 sample, found -5"),
+        (["tune", str(CHECKPOINT), "--n", "-5"], "at least 1 sample, found -5"),
+        (["compare", str(CHECKPOINT), "--seconds", "nan"], "expected seconds >= 0, found nan"),
+        (["recommend", str(CHECKPOINT), "--out", f"{__file__}/a.json"], "expected a file in a folder, found"),
+        (["sample", str(CHECKPOINT), "--out", f"{__file__}/a.png"], "expected a file in a folder, found"),
+        (["tune", str(CHECKPOINT), "--out", f"{__file__}/a.json"], "expected a file in a folder, found"),
         (["sample", str(CHECKPOINT), "--device", "abacus"], "abacus"),
         (["quickstart", "--n", "1"], "at least 2 samples"),
         (["quickstart", "--resume", "--out", "nowhere"], "leave out --resume"),
@@ -404,6 +412,24 @@ def test_one_clear_line(
     monkeypatch.chdir(tmp_path)
     assert message in failing(capsys, *args)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A table that takes a minute would be lost."""
+    for work in ("choosing.tuned", "choosing.ranked", "sampling.draw"):
+        monkeypatch.setattr(f"scoresde.cli.{work}", None)
+    for command, name in (("sample", "a.npy"), ("tune", "a.json"), ("recommend", "b.json")):
+        (tmp_path / name).mkdir()
+        said = failing(capsys, command, str(CHECKPOINT), "--out", str(tmp_path / name))
+        assert "expected a file to write, found the folder" in said
+
+
+def test_an_empty_file_is_no_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "empty.npy"
+    path.touch()
+    assert "expected an array of numbers in" in failing(capsys, "recommend", "--data", str(path))
 
 
 def test_without_scikit_learn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

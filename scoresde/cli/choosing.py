@@ -18,6 +18,7 @@ from ..select import tune as tuned
 from ..solvers import TableSolver
 from ..tableau import Tableau
 from .common import (
+    check_output,
     condition_of,
     device_named,
     numbers,
@@ -64,6 +65,8 @@ def compare(
             on where it was interrupted.
         device: cpu, cuda, or auto: cuda if there is one.
     """
+    if seconds is not None and not seconds >= 0:
+        raise ValueError(f"expected seconds >= 0, found {seconds}")
     description = checkpoint.describe(model)
     denoiser = checkpoint.load(model, device=device_named(device))
     found = measured(
@@ -139,6 +142,8 @@ def recommend(
             "expected a .json file, one number of calls, and a need that has solvers, for a table; found "
             f"{out}, {calls} and {need}"
         )
+    if out is not None:
+        check_output(out)
     for number in wanted:
         found = ranked(sde, batch, number, need, guidance, end=end, seed=seed)
         print(f"{found}\n")
@@ -180,6 +185,7 @@ def tune(
     """
     if out.suffix != ".json":
         raise ValueError(f"expected a .json file for the table, found {out}")
+    check_output(out)
     description = checkpoint.describe(model)
     denoiser = checkpoint.load(model, device=device_named(device))
     found = tuned(

@@ -73,7 +73,7 @@ def read_array(path: Path) -> Tensor:
         raise ValueError(f"expected an array in an .npy file, found {path}")
     try:
         array = torch.from_numpy(np.load(path))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, EOFError) as error:  # the last for an empty file
         raise ValueError(f"expected an array of numbers in {path}: {error}") from error
     if array.ndim < 2 or not array.is_floating_point():
         raise ValueError(
@@ -81,6 +81,14 @@ def read_array(path: Path) -> Tensor:
             f"{tuple(array.shape)}; scale integer images to floats as for the training"
         )
     return array.float()
+
+
+def check_output(out: Path) -> None:
+    """Say before the work, and not after it, that nothing can be written there. Raises ValueError."""
+    if out.is_dir():
+        raise ValueError(f"expected a file to write, found the folder {out}; name a file in it")
+    if files := [parent for parent in out.absolute().parents if parent.exists() and not parent.is_dir()]:
+        raise ValueError(f"expected a file in a folder, found the file {files[0]} in {out}")
 
 
 def shape_of(description: Mapping[str, Any], given: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -95,6 +103,8 @@ def shape_of(description: Mapping[str, Any], given: tuple[int, ...] | None) -> t
 def condition_of(
     description: Mapping[str, Any], n: int, label: int | None, device: torch.device
 ) -> dict[str, Tensor]:
+    if n < 1:
+        raise ValueError(f"expected n of at least 1 sample, found {n}")
     classes = (description["network"]["config"] or {}).get("classes")
     if classes is None and label is None:
         return {}

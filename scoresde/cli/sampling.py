@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checkpoint, plots, solvers
 from ..sampling import sample as draw
-from .common import condition_of, device_named, parse_grid, parse_solver, shape_of
+from .common import check_output, condition_of, device_named, parse_grid, parse_solver, shape_of
 
 
 def sample(
@@ -44,16 +44,18 @@ def sample(
     """
     if out.suffix not in (".png", ".npy"):
         raise ValueError(f"expected an output that ends in .png or .npy, found {out}")
-    if n < 1:
-        raise ValueError(f"expected n of at least 1 sample, found {n}")
+    check_output(out)
     chosen, table_grid = parse_solver(solver)
     description = checkpoint.describe(model)
     denoiser = checkpoint.load(model, device=device_named(device))
     condition = condition_of(description, n, label, denoiser.device)
     spacing = table_grid if grid is None else parse_grid(grid)
     size = (n, *shape_of(description, shape))
-    if out.suffix == ".png" and len(size) != 4:
-        raise ValueError(f"expected images (n, c, h, w) for a picture, found {size}: give --out samples.npy")
+    if out.suffix == ".png" and (len(size) != 4 or size[1] not in (1, 3)):
+        raise ValueError(
+            f"expected images (n, c, h, w) of 1 or 3 channels for a picture, found {size}: give --out "
+            "samples.npy"
+        )
     result = draw(
         denoiser,
         size,
