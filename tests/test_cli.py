@@ -376,6 +376,7 @@ def test_tune_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str], unc
         (["sample", str(CHECKPOINT), "--out", f"{__file__}/a.png"], "expected a file in a folder, found"),
         (["tune", str(CHECKPOINT), "--out", f"{__file__}/a.json"], "expected a file in a folder, found"),
         (["sample", str(CHECKPOINT), "--device", "abacus"], "abacus"),
+        (["sample", str(CHECKPOINT), "--device", "meta"], "expected a device of this machine"),
         (["quickstart", "--n", "1"], "at least 2 samples"),
         (["quickstart", "--resume", "--out", "nowhere"], "leave out --resume"),
         (["train", "--steps", "0"], "steps"),

@@ -127,7 +127,7 @@ def device_named(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"expected a device of this machine, such as cpu, cuda or auto; found {name!r} "
