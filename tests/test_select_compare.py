@@ -226,6 +226,16 @@ def test_a_metric_of_ones_own(unchecked):
         run([solvers.ddim()], SOME, (10,), metric=lambda x, y: 1.0)
 
 
+def test_who_wins_is_by_the_score_with_many_flips():
+    """The median of the first is better, but it loses two in five samples."""
+    measure = Paired(torch.zeros(50, 1), rms_distance, flip=0.5)
+    distances = [[1.0] * 20 + [0.1] * 30, [0.2] * 50]
+    records = [{"distances": d, "calls": 5, "seconds": 1.0, "memory": None} for d in distances]
+    first, second = measure.rows([(Label(s, "g", 5), r) for s, r in zip("ab", records, strict=True)])
+    assert first.median < second.median and first.score > second.score
+    assert (first.wins, second.wins) == (0, 1)
+
+
 # ---- distances between laws
 
 
