@@ -163,19 +163,27 @@ def spectrum_of(
     dim, count = math.prod(event), math.prod(lead)
     if isinstance(cov, LowRank):
         return _low_rank(cov, lead, dim, device)
-    eps = torch.finfo(cov.dtype).eps if isinstance(cov, Tensor) and cov.is_floating_point() else 2.0**-52
     S = real(cov, "the covariance", device)
     if S.shape in ((), lead):
         return Spectrum(dim, _non_negative(S.expand(lead).reshape(count, 1)))
     if S.shape == (*lead, *event):
         return Spectrum(dim, _non_negative(S.reshape(count, dim)))
     if S.shape == (*lead, dim, dim):
-        return _full(S.reshape(count, dim, dim), eps)
+        return _full(S.reshape(count, dim, dim), _precision(cov))
     each = f" with {count} in front (one per component)" if lead else ""
     raise ValueError(
         f"expected a covariance that is a scalar, has the event's shape {event} (diagonal), has shape"
         f" {(dim, dim)} (full){each}, or is a LowRank; found shape {tuple(S.shape)}"
     )
+
+
+def _precision(cov: Numbers) -> float:
+    """The eps of the dtype that a covariance was given in; float64's for what has no floating one."""
+    if isinstance(cov, Tensor) and cov.is_floating_point():
+        return torch.finfo(cov.dtype).eps
+    if isinstance(cov, np.ndarray) and np.issubdtype(cov.dtype, np.floating):
+        return float(np.finfo(cov.dtype).eps)
+    return 2.0**-52
 
 
 def _non_negative(values: Tensor) -> Tensor:

@@ -733,6 +733,19 @@ def test_eigenvalues_lost_in_rounding_are_zero(unchecked) -> None:
         law.log_prob(torch.zeros(1, 9))
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_covariances_of_arrays_are_as_exact_as_their_dtype(kind: type) -> None:
+    """A tensor and an array of the same numbers are the same covariance, however narrow they are."""
+    points = np.random.default_rng(0).normal(size=(3, 40))
+    narrow = (points.T @ points).astype(kind)  # rank 3: eigenvalues of 0 are lost in its rounding
+    skewed = narrow * (1 + np.triu(np.full((40, 40), np.finfo(kind).eps)))
+    for S in (narrow, skewed.astype(kind)):
+        found = Gaussian(np.zeros(40), S)
+        assert torch.equal(found.cov, Gaussian(np.zeros(40), torch.from_numpy(S)).cov)
+    with pytest.raises(ValueError, match="semidefinite"):
+        Gaussian(np.zeros(40), narrow.astype(float))
+
+
 def test_components_of_no_weight_do_not_matter() -> None:
     x = torch.tensor([[0.3], [9.0]], dtype=torch.float64, requires_grad=True)
     for v in (0.1, [0.1, 0.5]):
