@@ -280,7 +280,7 @@ class Gaussian(Law):
         if v.shape != (law.dim,) or bool((v < 0).any()):
             raise ValueError(
                 f"expected eigenvalues >= 0 of shape ({law.dim},),"
-                f" found shape {tuple(v.shape)} and least value {v.min().item()}"
+                f" found shape {tuple(v.shape)}: {v.flatten().tolist()[:8]}"
             )
         if basis is None:
             return law._make(cls, law._log_w, law._means, Spectrum(law.dim, v[None]))

@@ -791,6 +791,7 @@ def test_components_of_no_weight_do_not_matter() -> None:
         (lambda: Gaussian([], 1.0), "at least one component and one dimension"),
         (lambda: Gaussian(0.0, 1.0).log_prob(torch.zeros(3, 1, dtype=torch.int64)), "expected floating x"),
         (lambda: Gaussian.from_eigen(None, torch.zeros(2), torch.ones(3)), r"eigenvalues >= 0 of shape"),
+        (lambda: Gaussian.from_eigen(None, torch.zeros(2), torch.ones(0)), r"found shape \(0,\)"),
         (lambda: Gaussian.from_eigen(torch.ones(2, 1), torch.zeros(2), torch.ones(2)), "orthonormal"),
     ],
 )
