@@ -27,8 +27,10 @@ Covariance = Numbers | LowRank
 
 
 def real(value: Numbers, name: str, device: torch.device | None = None) -> Tensor:
-    """A float64 copy of `value`; TypeError unless it is numbers, ValueError unless they are finite."""
+    """A float64 copy of `value`; TypeError unless it is real numbers, ValueError unless they are finite."""
     try:
+        if isinstance(value, Tensor | np.ndarray) and torch.as_tensor(value).is_complex():
+            raise TypeError  # torch would drop the imaginary parts
         tensor = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"expected {name} as numbers, found {value!r}") from None

@@ -800,6 +800,14 @@ def test_errors_name_what_is_wrong(attempt, words: str, unchecked) -> None:
         attempt()
 
 
+@pytest.mark.parametrize("value", [[1 + 2j], torch.tensor([1 + 2j]), np.array([1 + 2j])])
+def test_laws_are_of_real_numbers(value, unchecked) -> None:
+    with pytest.raises(TypeError, match="expected the mean as numbers"):
+        Gaussian(value, 1.0)
+    with pytest.raises(TypeError, match="expected y as numbers"):
+        Gaussian([0.0], 1.0).posterior(value, [[1.0]], 1.0)
+
+
 def test_samples_have_a_floating_dtype(unchecked) -> None:
     with pytest.raises(TypeError, match="floating"):
         Gaussian(0.0, 1.0).to(torch.int64)
