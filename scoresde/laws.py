@@ -12,6 +12,7 @@ All arithmetic is float64 on the law's device; results are cast to the dtype of 
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -145,7 +146,7 @@ class Law:
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "n ..."]:
         """n independent draws; the generator, if given, lives on the law's device."""
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        if isinstance(n, bool) or not isinstance(n, Integral) or int(n) < 0:
             raise ValueError(f"expected a whole number of draws n >= 0, found {n!r}")
         k = torch.zeros(n, dtype=torch.long, device=self.device)
         if len(self._means) > 1 and n > 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -303,7 +304,7 @@ class Learned(nn.Module):
     ) -> None:
         super().__init__()
         check_numbers(log_snr_max=log_snr_max, log_snr_min=log_snr_min)
-        if not (log_snr_max > log_snr_min and isinstance(hidden, int) and hidden >= 1):
+        if not (log_snr_max > log_snr_min and isinstance(hidden, Integral) and int(hidden) >= 1):
             raise ValueError(
                 "expected log_snr_min < log_snr_max and a whole number hidden >= 1, "
                 f"found {log_snr_min}, {log_snr_max}, {hidden}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -262,7 +263,7 @@ class VPSDE(LinearSDE):
         "exact": `-(B_i - B_{i-1})` with `B_0 = 0`, marginals equal to the SDE's at every node.
         "euler": `log(1 - beta(t_i)/n)`, first order in 1/n; raises ValueError where beta(t_i) >= n.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        if isinstance(n, bool) or not isinstance(n, Integral) or int(n) < 1:
             raise ValueError(f"expected a number of steps n >= 1, found {n!r}")
         if rule not in ("exact", "euler"):
             raise ValueError(f"expected rule 'exact' or 'euler', found {rule!r}")

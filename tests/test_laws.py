@@ -533,6 +533,11 @@ def test_one_component_draws_normals_only() -> None:
     )
 
 
+def test_a_number_of_draws_may_be_numpy_s(unchecked) -> None:
+    law, seeded = Mixture([0.5, 0.5], [0.0, 1.0], 1.0), torch.Generator().manual_seed
+    assert torch.equal(law.sample(np.int64(3), generator=seeded(0)), law.sample(3, generator=seeded(0)))
+
+
 def test_sampling_is_a_function_of_the_generator() -> None:
     law = make("full", 0)[0]
     a, b = (law.sample(8, generator=torch.Generator().manual_seed(1)) for _ in range(2))

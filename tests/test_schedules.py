@@ -9,6 +9,7 @@ import math
 import pickle
 
 import mpmath as mp
+import numpy as np
 import pytest
 import reference
 import torch
@@ -414,6 +415,7 @@ def test_what_is_no_number_is_refused(unchecked: None, make, words: str) -> None
 def test_hidden_is_a_whole_number(unchecked: None) -> None:
     with pytest.raises(ValueError, match="a whole number hidden >= 1"):
         Learned(hidden=2.0)  # pyright: ignore[reportArgumentType]
+    assert Learned(hidden=np.int64(2)).center.shape == (2,)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), Sigmoid()], ids=name)

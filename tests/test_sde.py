@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import mpmath as mp
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -352,6 +353,7 @@ def test_tables_of_a_process(unchecked: None) -> None:
     close(euler, (0.1 + 19.9 * t) / 21, rtol=1e-12)
     close(VPSDE().log_alphas(21, "euler"), (1 - euler).log(), rtol=1e-10)
     assert VPSDE().betas(1).shape == (1,)
+    assert torch.equal(VPSDE().betas(np.int64(21)), exact)  # pyright: ignore[reportArgumentType]
     for wrong in (0, -3, True, 2.0):
         with pytest.raises(ValueError, match="expected a number of steps n >= 1, found"):
             VPSDE().log_alphas(wrong)  # pyright: ignore[reportArgumentType]
