@@ -43,8 +43,8 @@ class DDPM:
                 f"found shape {tuple(log_alphas.shape)} with {int((~valid).sum())} other numbers"
             )
         chain = cls.__new__(cls)
-        chain.log_alphas = log_alphas.double().cpu()
-        chain.times = _times(len(log_alphas)) if times is None else times
+        chain.log_alphas = log_alphas.double().cpu().clone()
+        chain.times = _times(len(log_alphas)) if times is None else times.clone()
         return chain
 
     def __len__(self) -> int:

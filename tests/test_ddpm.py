@@ -388,6 +388,14 @@ def test_log_alphas_are_kept_in_float64() -> None:
     assert chain.times.tolist() == [0.5, 1.0]
 
 
+def test_a_chain_keeps_its_own_copy() -> None:
+    log_alphas, times = f64(-0.5, -0.25), f64(0.5, 1.0)
+    chain = DDPM.from_log_alphas(log_alphas, times)
+    log_alphas.zero_()
+    times.zero_()
+    assert chain.log_alphas.tolist() == [-0.5, -0.25] and chain.times.tolist() == [0.5, 1.0]
+
+
 def test_gradients_reach_a_learned_schedule() -> None:
     schedule = Learned(hidden=3)
     discretize(VPSDE(schedule=schedule), 5).betas.sum().backward()
