@@ -92,8 +92,10 @@ class DDPM:
 
         Kingma et al. 2021, arXiv:2107.00630, eq. 13. Infinite at i = 1, whose term is the decoder's.
         """
-        before = 1 / torch.expm1(-self._previous()).abs()  # abs: at i = 1 it is 1/0, not 1/-0
-        return 0.5 * (before - self.snr)
+        # As a product: the difference of ratios loses the digits of short steps.
+        before = self._previous()
+        noise = self._noise(before).abs() * self._noise(self.log_alpha_bars)  # abs: at i = 1 it is 0, not -0
+        return 0.5 * before.exp() * self.betas / noise
 
     def _previous(self) -> Tensor:
         """log alpha_bar_{i-1}, with alpha_bar_0 = 1."""

@@ -281,8 +281,19 @@ def test_elbo_weights_are_the_kl_of_the_posteriors() -> None:
     for i in range(2, 41):
         shift = chain.posterior(x, x + 1, i)[0] - chain.posterior(x, x, i)[0]
         close(shift**2 / (2 * chain.posterior_variances[i - 1]), chain.elbo_weights[i - 1 : i], rtol=1e-11)
+    assert chain.elbo_weights[0] == math.inf
     total = chain.elbo_weights[1:].sum()
     close(total, 0.5 * (chain.snr[0] - chain.snr[-1]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1e-12, 1e-18])
+def test_elbo_weights_of_short_steps_keep_their_digits(beta: float) -> None:
+    """(SNR_1 - SNR_2)/2 in high precision; beta far below 1 changes the SNR by less than its rounding."""
+    with mp.workdps(50):
+        bars = mp.mpf(0.5), mp.mpf(0.5) * (1 - mp.mpf(beta))
+        before, after = (bar / (1 - bar) for bar in bars)
+        known = float((before - after) / 2)
+    assert float(DDPM(betas_of([0.5, beta])).elbo_weights[1]) == pytest.approx(known, rel=1e-14, abs=0)
 
 
 # Respacing
