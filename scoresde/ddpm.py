@@ -206,8 +206,9 @@ class DDPM:
         `x_i = alpha_bar_i^(1/2) x_0 + (1 - alpha_bar_i)^(1/2) eps`; the model's process is `self.sde()`.
         """
         self._check_process(model)
-        mean, variance = self.marginal(x_0, i)
-        predicted = model.noise(mean + variance.sqrt() * eps, self.times.to(i.device)[i.long() - 1], **cond)
+        std = self._take(self._noise(self.log_alpha_bars).sqrt(), i, x_0)
+        x_i = self.marginal(x_0, i)[0] + std * eps
+        predicted = model.noise(x_i, self.times.to(i.device)[i.long() - 1], **cond)
         return (eps - predicted).square().flatten(1).mean(1)
 
     @torch.no_grad()
@@ -223,7 +224,7 @@ class DDPM:
         with evaluating(model):
             for i in range(len(self), 0, -1):
                 mean = self.mean_from_noise(x, model.noise(x, self.times[i - 1], **cond), i)
-                x = mean + self._take(self.betas, i, x).sqrt() * noises[i - 1] if i > 1 else mean
+                x = mean + self._take(self.betas.sqrt(), i, x) * noises[i - 1] if i > 1 else mean
         return x
 
 

@@ -508,6 +508,23 @@ def test_algorithm_1_is_the_noise_error(device: torch.device, dtype: torch.dtype
     assert (other != loss).all()
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_little_noise_is_not_lost_in_half_precision(half: torch.dtype) -> None:  # FAULTS A1
+    """A standard deviation has the dtype's digits where its square is below the least float16."""
+
+    class Watch(GaussianModel):
+        def noise(self, x, t, **cond):
+            seen.append(x)
+            return torch.zeros_like(x)
+
+    seen: list[torch.Tensor] = []
+    chain, zero, one = DDPM([1e-8, 1e-8]), torch.zeros(1, 1, dtype=half), torch.ones(1, 1, dtype=half)
+    model, eps = Watch(chain.sde()), torch.finfo(half).eps
+    chain.loss(model, zero, torch.tensor([2]), one)
+    close(seen[-1].double(), f64(2e-8).sqrt()[None], rtol=2 * eps)
+    close(chain.sample(model, zero, [one, one]).double(), f64(1e-8).sqrt()[None], rtol=2 * eps)
+
+
 @given(linears())
 def test_chain_of_a_table_is_the_table(schedule: Linear) -> None:
     betas = VPSDE(schedule=schedule).betas(30)
