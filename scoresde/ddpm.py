@@ -207,7 +207,7 @@ class DDPM:
         """
         self._check_process(model)
         std = self._take(self._noise(self.log_alpha_bars).sqrt(), i, x_0)
-        x_i = self.marginal(x_0, i)[0] + std * eps
+        x_i = self.marginal(x_0, i)[0] + std * _of_shape(eps, x_0)
         predicted = model.noise(x_i, self.times.to(i.device)[i.long() - 1], **cond)
         return (eps - predicted).square().flatten(1).mean(1)
 
@@ -220,11 +220,14 @@ class DDPM:
         any grid and either variance.
         """
         self._check_process(model)
+        if len(noises) < len(self):
+            raise ValueError(f"expected noises for {len(self)} steps, found {len(noises)}")
         x = x_N
         with evaluating(model):
             for i in range(len(self), 0, -1):
                 mean = self.mean_from_noise(x, model.noise(x, self.times[i - 1], **cond), i)
-                x = mean + self._take(self.betas.sqrt(), i, x) * noises[i - 1] if i > 1 else mean
+                std = self._take(self.betas.sqrt(), i, x)
+                x = mean + std * _of_shape(noises[i - 1], x) if i > 1 else mean
         return x
 
 
@@ -238,6 +241,13 @@ def discretize(sde: VPSDE, n: int, rule: str = "exact") -> DDPM:
 def _times(n: int) -> Tensor:
     """The times 1/n, ..., 1 of the steps."""
     return torch.arange(1, n + 1, dtype=torch.float64) / n
+
+
+def _of_shape(noise: Tensor, x: Tensor) -> Tensor:
+    """The noise, if it is one for each element of x: a broadcast one would be the same for several."""
+    if noise.shape != x.shape:
+        raise ValueError(f"expected noise of the state's shape {tuple(x.shape)}, found {tuple(noise.shape)}")
+    return noise
 
 
 def _extremes(index: Tensor) -> str:

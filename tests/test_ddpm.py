@@ -547,6 +547,20 @@ def test_a_model_of_another_process_is_refused() -> None:
     assert bool(exact.sample(law.denoiser(VPSDE()), x, noises).isfinite().all())
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (3, 1), (2,), (5, 3, 2), (3, 3)])
+def test_noise_is_not_broadcast(shape: tuple[int, ...]) -> None:  # FAULTS E1
+    """Samples that shared their noise would not be independent, and a larger noise would make more of them."""
+    chain, x = DDPM([0.1, 0.2]), torch.zeros(3, 2)
+    model, noise = GaussianModel(chain.sde()), torch.ones(shape)
+    words = r"expected noise of the state's shape \(3, 2\), found \("
+    with pytest.raises(ValueError, match=words):
+        chain.sample(model, x, [noise] * 2)
+    with pytest.raises(ValueError, match=words):
+        chain.loss(model, x, torch.tensor([1, 2, 2]), noise)
+    with pytest.raises(ValueError, match="expected noises for 2 steps, found 1"):
+        chain.sample(model, x, [torch.zeros_like(x)])
+
+
 @pytest.mark.parametrize(("last", "n"), [(0.02, 100_000), (1 - 1e-9, 1000)])
 def test_chains_whose_signal_underflows_know_their_own_process(last: float, n: int) -> None:
     chain, law = DDPM(torch.linspace(1e-4, last, n, dtype=torch.float64)), laws.Gaussian([2.0], 0.1)
