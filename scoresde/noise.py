@@ -179,7 +179,7 @@ class _Series(NamedTuple):
     shape: tuple[int, ...]
     normals: Tensor | None
 
-    def find(self, row: int, shape: Sequence[int]) -> Tensor | None:
+    def find(self, row: int, shape: tuple[int, ...]) -> Tensor | None:
         """A copy of the row, if it is here."""
         i, between = divmod(row - self.first, self.stride)
         if self.normals is None or between or not 0 <= i < self.count or self.shape != shape:
@@ -260,7 +260,7 @@ class Noise:
         if isinstance(row, Tensor) or _recording(self._base):
             return self._normals(self._row(row), _checked_shape(shape, len(self.ids)))
         made = self._made
-        found = made.find(self.offset + row, shape) if made is not None and type(row) is int else None
+        found = made.find(self.offset + row, tuple(shape)) if made is not None and type(row) is int else None
         return self._ahead(self._row(row), _checked_shape(shape, len(self.ids))) if found is None else found
 
     def _ahead(self, row: int, shape: tuple[int, ...]) -> Tensor:

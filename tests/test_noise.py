@@ -271,6 +271,11 @@ def test_a_series_is_made_in_few_blocks(monkeypatch):
     for row in (9, 5, 3, 2, 1):
         noise(row, (2, 3))
     assert made == [1] * 5
+    made.clear()
+    noise = Noise.of(0, batch=2)
+    for row in range(13):
+        noise(row, [2, 3])  # a list is a shape too
+    assert made == [1, 4, 8]
     last = Noise.of(0, batch=1, offset=2**63 - 4)  # the rows end here
     assert len({float(last(row, (1, 1))) for row in range(4)}) == 4
 
