@@ -451,11 +451,14 @@ class PathNoise:
 
     def __init__(self, path: BrownianPath, clock: Sequence[float] | Tensor, offset: int = 0) -> None:
         self.path = path
-        self.clock: list[float] = torch.as_tensor(clock, dtype=torch.float64, device="cpu").tolist()
+        values = torch.as_tensor(clock, dtype=torch.float64, device="cpu")
+        inside = (values >= path.start) & (values <= path.stop)
+        if values.ndim != 1 or len(values) < 2 or not inside.all():
+            found = values.tolist()
+            raise ValueError(f"expected 2 or more values in [{path.start}, {path.stop}], found {found}")
+        self.clock: list[float] = values.tolist()
         self.offset = _integer(offset, "offset", 0, len(self.clock))
         self._last: tuple[int, Tensor] | None = None
-        if len(self.clock) < 2 or not all(path.start <= c <= path.stop for c in self.clock):
-            raise ValueError(f"expected 2 or more values in [{path.start}, {path.stop}], found {self.clock}")
         steps = [b - a for a, b in zip(self.clock, self.clock[1:], strict=False)]
         if not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
             raise ValueError(f"expected strictly monotone clock values, found {self.clock}")
