@@ -549,7 +549,7 @@ def test_a_model_of_another_process_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 1), (2,), (5, 3, 2), (3, 3)])
 def test_noise_is_not_broadcast(shape: tuple[int, ...]) -> None:  # FAULTS E1
-    """Samples that shared their noise would not be independent, and a larger noise would make more of them."""
+    """Samples that shared their noise would not be independent, and larger noise would make more of them."""
     chain, x = DDPM([0.1, 0.2]), torch.zeros(3, 2)
     model, noise = GaussianModel(chain.sde()), torch.ones(shape)
     words = r"expected noise of the state's shape \(3, 2\), found \("
