@@ -39,10 +39,11 @@ def wide(t: Time) -> Tensor:
 
 
 def unit_interval(t: Tensor) -> Tensor:
-    """`t`, for formulas that mean nothing beyond t = 1 (but rounding). Raises ValueError beyond it."""
+    """`t`, for formulas that mean nothing beyond t = 1; what rounding puts beyond it is 1. Raises ValueError
+    further on."""
     if not holds(t <= 1 + 1e-9):
         raise ValueError(f"expected times t <= 1, where this process ends, found {t.max().item()}")
-    return t
+    return t.clamp(max=1)
 
 
 def holds(condition: Tensor) -> bool:
@@ -199,7 +200,8 @@ class Sigmoid:
     def _alpha_bar(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_bar, 1 - alpha_bar), each with full relative precision."""
         (first, last), (signal_end, noise_end) = self._w, self._end
-        w = first + unit_interval(t) * (last - first)
+        t = unit_interval(t)
+        w = first + t * (last - first)
         # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)) does not cancel
         noise = -torch.expm1(-t * (last - first)) * sigmoid(w) * _logistic(-first)
         signal = -torch.expm1((t - 1) * (last - first)) * _logistic(last) * sigmoid(-w)

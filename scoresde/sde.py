@@ -415,7 +415,7 @@ class Rectified(LinearSDE):
         return 1 - unit_interval(clock(t))
 
     def sigma(self, t: Time) -> Tensor:
-        return unit_interval(clock(t)).clone()
+        return unit_interval(clock(t))
 
     def log_snr(self, t: Time) -> Tensor:
         t = unit_interval(clock(t))
@@ -429,12 +429,12 @@ class Rectified(LinearSDE):
         return -1 / (1 - t), 2 * t / (1 - t)
 
     def scale(self, s: Time, t: Time) -> Tensor:
-        s, t = clock(s), clock(t)
+        s, t = unit_interval(clock(s)), unit_interval(clock(t))
         return torch.where(s == t, 1, (1 - t) / (1 - s))
 
     def innovation(self, s: Time, t: Time) -> Tensor:
         # t - a s = (t - s)/(1 - s)
-        s, t = clock(s), clock(t)
+        s, t = unit_interval(clock(s)), unit_interval(clock(t))
         return torch.where(s == t, 0, (t - s) / (1 - s)) * (t + self.scale(s, t) * s)
 
     def probability_flow(self, denoiser: BaseDenoiser) -> Callable[..., Tensor]:

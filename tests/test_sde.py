@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_schedules import exact_B, f64
 
 from scoresde.denoiser import BaseDenoiser
+from scoresde.grids import Grid
 from scoresde.schedules import Cosine, Learned, Linear, Sigmoid, Tabulated, tabulated_betas
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE, clock, like
 from scoresde.testing.strategies import at, beta_tables, cosines, floats, linears, sdes, shares, times
@@ -240,6 +241,16 @@ def test_rectified_ends_at_one() -> None:
     for quantity in (sde.alpha, sde.sigma, sde.log_snr, sde.rates):
         with pytest.raises(ValueError, match="expected times t <= 1"):
             quantity(1.01)
+    for kernel in (sde.scale, sde.innovation, sde.transition):
+        with pytest.raises(ValueError, match="expected times t <= 1"):
+            kernel(0.5, 1.01)
+
+
+def test_rounding_does_not_lead_beyond_the_end_of_rectified() -> None:
+    sde, beyond = Rectified(), 1 + 1e-12
+    assert sde.alpha(beyond) == 0 and sde.sigma(beyond) == 1 and sde.log_snr(beyond) == -math.inf
+    assert sde.transition(0.5, beyond) == sde.transition(0.5, 1.0) == (0, 1)
+    assert Grid.of(sde, f64(beyond, 0.5, 0.1)).lam[0] == -math.inf
 
 
 def test_default_kernels_follow_from_the_scales() -> None:
