@@ -543,6 +543,8 @@ def test_a_model_of_another_process_is_refused() -> None:
         with pytest.raises(ValueError, match=r"on the chain's own process, chain\.sde\(\); found one on"):
             chain.loss(law.denoiser(sde), x, torch.tensor([3, 50]), x)
     assert abs(float(chain.sample(law.denoiser(chain.sde()), x, noises)[0, 0]) - 2) < 2e-3
+    with pytest.raises(ValueError, match=r"on the chain's own process"):  # off by 5e-3 in log(alpha/sigma)
+        chain.loss(law.denoiser(DDPM(chain.betas * 0.99).sde()), x, torch.tensor([3, 50]), x)
     exact = DDPM(VPSDE().betas(50))
     assert bool(exact.sample(law.denoiser(VPSDE()), x, noises).isfinite().all())
 

@@ -28,6 +28,7 @@ def test_grids_are_named_as_they_are_spelled(grid):
 def test_every_grid_has_a_name(unchecked):
     for name in ("uniform", "power", "quadratic", "log_snr", "karras"):
         assert grids.parse(name) is getattr(grids, name)
+    assert spell(grids.parse(" karras(rho=5.0)\n")) == "karras(rho=5.0)"
     assert spell(grids.parse("ddpm(spacing='leading')")) == "ddpm(spacing='leading')"
 
 
@@ -45,6 +46,8 @@ def test_every_grid_has_a_name(unchecked):
         "blend(one=karras)()",
         "partial(karras)",
         "uniform; karras",
+        "karras(rho=1.0, rho=2.0)",
+        "karras(rho={[]: 1})",
     ],
 )
 def test_nothing_but_grids(text: str, tmp_path, monkeypatch, unchecked):
