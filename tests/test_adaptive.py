@@ -431,6 +431,19 @@ def test_dense_output_is_nan_where_a_sample_did_not_get():
             adaptive_ode(at=times).solve(diagonal(2).denoiser(VP), x, ends(VP))
 
 
+def test_dense_output_costs_what_lies_in_a_step(monkeypatch):
+    """Two hundred times once cost two hundred quadratures of the whole batch in every step."""
+    found, module = [], sys.modules[AdaptiveODE.__module__]
+    integrate = module.integrate
+    monkeypatch.setattr(
+        module, "integrate", lambda nodes, *rest: found.append(len(nodes)) or integrate(nodes, *rest)
+    )
+    inner = grids.uniform(VP, 201).t[1:-1].tolist()
+    drawn = adaptive_ode(1e-3, 1e-3, at=inner).solve(diagonal(2).denoiser(VP), normals(5, 2), ends(VP))
+    assert drawn.status == OK and all(bool(state.isfinite().all()) for state in drawn.path)
+    assert sum(found) <= 2 * 5 * drawn.network_calls + 5 * len(inner)
+
+
 # --- both: one sample and its batch -------------------------------------------------------------------------
 
 

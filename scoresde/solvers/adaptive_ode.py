@@ -240,11 +240,13 @@ class AdaptiveODE:
         errors = torch.stack([self.control.error(gap, y, corrected) for gap in gaps])
         accepted = errors[1] <= 1
         for t_r, states in zip(self.at, dense, strict=True):
-            # The corrector's polynomial, integrated to the wanted time.
             rows = (accepted & ((t_r - state.t) * (t_r - t) <= 0)).nonzero()[:, 0]
-            t_wanted = torch.full_like(t, t_r)
-            value = y + integrate(nodes, outputs, used, u, flow.log_u(t_wanted).exp())
-            states[ledger.active[rows]] = (value * like(flow.scale(t_wanted), y))[rows]
+            if len(rows):  # of many times most lie in no sample's step
+                # The corrector's polynomial, integrated to the wanted time.
+                t_wanted, before = torch.full_like(u[rows], t_r), y[rows]
+                u_wanted = flow.log_u(t_wanted).exp()
+                change = integrate(nodes[rows], outputs[rows], used[rows], u[rows], u_wanted)
+                states[ledger.active[rows]] = (before + change) * like(flow.scale(t_wanted), before)
         new_order, change = next_step(near, errors, accepted, state.known)
         return RankedState(
             torch.where(accepted, t, state.t),
