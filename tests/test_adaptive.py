@@ -431,6 +431,15 @@ def test_dense_output_is_nan_where_a_sample_did_not_get():
             adaptive_ode(at=times).solve(diagonal(2).denoiser(VP), x, ends(VP))
 
 
+def test_dense_output_at_the_start_needs_no_step():
+    x, model = normals(3, 2), diagonal(2).denoiser(VP)
+    drawn = adaptive_ode(at=(1e-3, 0.0)).solve(model, x, ends(VP, 1e-3, 0.0))
+    assert drawn.status == OK and drawn.network_calls == 2
+    assert torch.equal(drawn.path[0], x) and torch.equal(drawn.path[1], drawn.x)
+    drawn = adaptive_ode(max_calls=1, at=(1.0,)).solve(model, x, ends(VP))
+    assert drawn.status == EXHAUSTED and torch.equal(drawn.path[0], x)
+
+
 def test_dense_output_costs_what_lies_in_a_step(monkeypatch):
     """Two hundred times once cost two hundred quadratures of the whole batch in every step."""
     found, module = [], sys.modules[AdaptiveODE.__module__]

@@ -180,6 +180,7 @@ class AdaptiveODE:
         with evaluating(model):
             ledger = Ledger(model, x)
             dense = x.new_full((len(self.at), *x.shape), math.nan)
+            dense[[r for r, t in enumerate(self.at) if t == first]] = x  # where no step may be needed
             path = self._integrate(ledger, x, (first, stop), dense, callback, noiseless)
             if noiseless:
                 ledger.denoise(stop)
