@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from ..denoiser import BaseDenoiser, Rows, evaluating
 from ..grids import Grid
 from ..schedules import check_numbers
 from ..sde import LinearSDE
-from ..tableau import NoiseSource, Step, Tableau, run
+from ..tableau import FIELDS, NoiseSource, Step, Tableau, run
 from .base import Callback, Card, Pair, Samples, check_calls, from_pair
 from .singlestep import MIDPOINT, STAGES, singlestep_table
 from .watch import Watch
@@ -105,14 +104,14 @@ class Reversible:
     ) -> tuple[list[Increment], list[Increment]]:
         """Psi from each node to the next, and from each to the one before; all prepared at once, so that no
         step sends anything to the device."""
-        sde, calls, steps = model.sde, self.order, list(pairwise(grid.t))
-        tables = [_base_table(sde, *ends, calls) for ends in [*steps, *((t, s) for s, t in steps)]]
+        calls = self.order
+        tables = [table for t in (grid.t, grid.t.flip(0)) for table in _base_tables(model.sde, t, calls)]
         rows = model.rows(torch.cat([table.times[:-1] for table in tables]), y)
         made = [
-            Increment(table, _part(rows, i * calls, calls), _scale(sde, table.times).tolist(), watch)
+            Increment(table, _part(rows, i * calls, calls), _scale(model.sde, table.times).tolist(), watch)
             for i, table in enumerate(tables)
         ]
-        return made[: len(grid)], made[len(grid) :]
+        return made[: len(grid)], made[: len(grid) - 1 : -1]
 
 
 class Increment(NamedTuple):
@@ -141,11 +140,20 @@ def _scale(sde: LinearSDE, t: Tensor) -> Tensor:
     return sde.alpha(t).hypot(sde.sigma(t))
 
 
-def _base_table(sde: LinearSDE, s: Tensor, t: Tensor, order: int) -> Tableau:
+def _base_tables(sde: LinearSDE, t: Tensor, order: int) -> list[Tableau]:
+    """The base method's tables from each time to the next, cut from that of the whole way: one by one they
+    would take longer to make than small networks to run."""
     stages = {1: STAGES[1], 2: MIDPOINT}[order]
-    return singlestep_table(
-        sde, s[None], t[None], stages, stored="noise", variable="sigma/alpha", name="reversible"
+    whole = singlestep_table(
+        sde, t[:-1], t[1:], stages, stored="noise", variable="sigma/alpha", name="reversible"
     )
+    return [_cut(whole, start, start + order) for start in range(0, len(whole), order)]
+
+
+def _cut(table: Tableau, start: int, stop: int) -> Tableau:
+    """Rows of a table that use no outputs of other rows."""
+    columns = (getattr(table, key)[start : stop + (key == "times")] for key in FIELDS)
+    return Tableau(*columns, name=table.name)
 
 
 def reversible(order: int = 2, coupling: float = 0.999) -> Reversible:
