@@ -779,7 +779,7 @@ def test_arguments_are_checked(make, unchecked):
     for wrong in (("1e-3", 1e-3), (1e-3, None)):
         with pytest.raises(TypeError, match=r".tol: expected a number, found"):
             make(*wrong)
-    for order in (0, 7, 2.5, True):
+    for order in (0, 7, 2.5, 2.0, True):
         with pytest.raises(ValueError, match=r"order in 1\.\.6"):
             adaptive_ode(order=order)
 

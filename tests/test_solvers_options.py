@@ -64,9 +64,11 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: solvers.restart(((0.1, 0.3, 2),)), ValueError, r"expected intervals \(low"),
     (lambda: solvers.restart(((0.1, 0.3, 2, 4), (0.5, 0.9, 1))), ValueError, r"expected intervals \(low"),
     (lambda: solvers.restart(((0.1, 0.3, 2, 4), (0.5, 0.4, 1, 1))), ValueError, r"found \(0.5, 0.4, 1, 1\)"),
+    (lambda: solvers.restart(((0.1, 0.3, 2.5, 4),)), ValueError, r"found \(0.1, 0.3, 2.5, 4\)"),
+    (lambda: solvers.restart(((0.1, 0.3, 2, 4.5),)), ValueError, r"found \(0.1, 0.3, 2, 4.5\)"),
     (lambda: reversible(2, "1"), TypeError, "coupling: expected a number"),
     *((lambda c=c: reversible(2, c), ValueError, "0 < coupling <= 1") for c in (0.0, 1.001, -0.5)),
-    *((lambda p=p: reversible(p), ValueError, f"order 1 or 2 .*found {p}") for p in (0, 3)),
+    *((lambda p=p: reversible(p), ValueError, f"order 1 or 2 .*found {p}") for p in (0, 3, 2.0, True)),
     (lambda: solvers.from_tableau(solvers.ddim()), TypeError, "expected a Tableau"),
 ]  # fmt: skip
 

@@ -287,7 +287,7 @@ def adaptive_ode(
     the samples, see `BaseDenoiser.given`), and a network must not remember its batch. Tolerances below the
     rounding of the state count as that. Raises ValueError for other tolerances, orders and limits.
     """
-    if isinstance(order, bool) or order not in range(1, 7):
+    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= 6:
         raise ValueError(f"expected a highest order in 1..6, found {order!r}")
     reference = "Hairer, Norsett and Wanner 1993, chapter III.5"
     properties = frozenset({"marginal_exact", "clock_free", "scale_covariant"})

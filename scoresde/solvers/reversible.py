@@ -160,8 +160,9 @@ def reversible(order: int = 2, coupling: float = 0.999) -> Reversible:
     """The reversible solver over Euler (order 1, two calls a step) or the midpoint rule (order 2, four calls
     a step) in sigma/alpha; `coupling` c in (0, 1] ties the two copies."""
     check_numbers(coupling=coupling)
-    if order not in (1, 2) or not 0 < coupling <= 1:
-        raise ValueError(f"expected order 1 or 2 and 0 < coupling <= 1, found {order}, {coupling}")
+    whole = isinstance(order, int) and not isinstance(order, bool)
+    if not (whole and order in (1, 2) and 0 < coupling <= 1):
+        raise ValueError(f"expected order 1 or 2 and 0 < coupling <= 1, found {order!r}, {coupling}")
     properties = frozenset({"marginal_exact", "clock_free", "scale_covariant"})
     return Reversible(
         order,

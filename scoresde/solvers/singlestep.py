@@ -264,10 +264,11 @@ def restart(intervals: Sequence[tuple[float, float, int, int]] = ((0.1, 0.3, 2, 
     if not isinstance(intervals, Sequence) or not all(len(interval) == 4 for interval in intervals):
         raise ValueError(f"expected intervals (low, high, times, steps), found {intervals!r}")
     for low, high, times, steps in intervals:
-        if not (0 < low < high and times >= 1 and steps >= 1):
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (times, steps))
+        if not (0 < low < high and whole and times >= 1 and steps >= 1):
             raise ValueError(
-                "expected intervals (low, high, times, steps) with 0 < low < high, times >= 1, steps >= 1; "
-                f"found {(low, high, times, steps)}"
+                "expected intervals (low, high, times, steps) with 0 < low < high, times >= 1, steps >= 1, "
+                f"the last two whole numbers; found {(low, high, times, steps)}"
             )
     repeats = sum(2 * times * steps for _, _, times, steps in intervals)
 
