@@ -239,6 +239,9 @@ def test_mala_takes_any_log_density():
     assert torch.equal(mala(model, x, 0.2, step=0.3, steps=5, noise=noise, log_prob=reusing).x, own.x)
     nowhere = mala(model, x, 0.2, step=0.3, steps=5, noise=noise, log_prob=lambda x, t: x[:, 0] * math.nan)
     assert torch.equal(nowhere.x, x) and float(nowhere.acceptance.max()) == 0
+    for wrong in (model.log_prob(x, 0.2).sum(), x, x[:1, 0]):  # would broadcast to another acceptance
+        with pytest.raises(ValueError, match=r"log_prob to return one number a sample, \(6,\), found \("):
+            mala(model, x, 0.2, step=0.3, steps=5, noise=noise, log_prob=lambda x, t, wrong=wrong: wrong)
     seen = []
     mala(model, x, 0.2, step=0.3, steps=5, noise=noise, callback=lambda k, x: seen.append((k, x.clone())))
     assert [k for k, _ in seen] == list(range(5)) and torch.equal(seen[-1][1], own.x)

@@ -318,7 +318,7 @@ def mala(
     energies have one). Proposal k uses row 2 k of `noise`, its acceptance row 2 k + 1. `steps + 1` calls
     each of the score and of log_prob; the latter's rounding matters in float32 and many dimensions.
 
-    Raises as `langevin`, and TypeError if there is no log_prob.
+    Raises as `langevin`, TypeError if there is no log_prob, and ValueError if it returns another shape.
     """
     log_p = getattr(model, "log_prob", None) if log_prob is None else log_prob
     if log_p is None:
@@ -329,12 +329,12 @@ def mala(
     watch, accepted = Watch("mala", x), torch.zeros(len(x), dtype=torch.float64, device=x.device)
     with torch.no_grad(), evaluating(model):
         # copies, for a network may write its next output where this one is
-        score, density = model.score(x, clock).clone(), log_p(x, clock).to(torch.float64, copy=True)
+        score, density = model.score(x, clock).clone(), _density(log_p, x, clock)
         watch(score, t)
         for k in range(steps):
             z = noise(2 * k, x.shape)
             proposal = _move(x, score, z, eps)
-            new_score, new_density = model.score(proposal, clock), log_p(proposal, clock).double()
+            new_score, new_density = model.score(proposal, clock), _density(log_p, proposal, clock)
             watch(new_score, t)
             back = (
                 x - proposal - like(eps, x) * new_score
@@ -349,6 +349,16 @@ def mala(
             if callback is not None:
                 callback(k, x)
     return Chain(x, accepted / steps, watch.finish())
+
+
+def _density(log_p: Callable[[Tensor, Tensor], Tensor], x: Tensor, clock: Tensor) -> Tensor:
+    """log p of every sample, (B,) float64, a copy. Raises ValueError for what is not one number a sample."""
+    found = log_p(x, clock)
+    if found.shape != x.shape[:1]:
+        raise ValueError(
+            f"expected log_prob to return one number a sample, ({len(x)},), found {tuple(found.shape)}"
+        )
+    return found.to(torch.float64, copy=True)
 
 
 def _clock(t: float, x: Tensor) -> Tensor:
