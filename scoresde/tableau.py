@@ -169,8 +169,12 @@ class Tableau:
             raise ValueError(
                 f"expected JSON written by Tableau.to_json with fields {FIELDS}, found {str(text)[:80]!r}"
             )
+        try:
+            columns = {key: torch.tensor(data[key], dtype=torch.float64) for key in FIELDS}
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ValueError(f"expected lists of numbers as {FIELDS}, found {str(text)[:80]!r}") from None
         return cls(
-            **{key: torch.tensor(data[key], dtype=torch.float64) for key in FIELDS},
+            **columns,
             name=str(data.get("name", "tableau")),
             start=data.get("start"),
         )

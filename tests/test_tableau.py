@@ -395,6 +395,7 @@ def test_json_that_is_no_table() -> None:
     assert Tableau.from_json(changed(text, name=...)).name == "tableau"
     bad = ["{", "[]", "3", '"x"', changed(text, format="scoresde.tableau/2"), changed(text, keep=...)]
     bad += [changed(text, keep=[1.0]), changed(text, noise=[math.nan] * 3), changed(text, mix=[["a"]])]
+    bad += [changed(text, times=wrong) for wrong in ("abc", None, {}, [0.0, None], ["a"], [10**400])]
     for content in bad:
         with pytest.raises(ValueError):
             Tableau.from_json(content)
