@@ -19,6 +19,7 @@ from .grids import Grid
 from .noise import Noise
 from .sde import LinearSDE
 from .solvers.base import Callback, Samples, Solver
+from .solvers.reversible import Reversible
 
 GridFunction = Callable[..., Grid]
 
@@ -102,12 +103,13 @@ def decode(
     callback: Callback | None = None,
 ) -> Samples:
     """Data from a latent at t_max (B, ...): `sample` without the drawing. What `encode` returned may be
-    passed whole; a reversible solver then undoes it exactly."""
+    passed whole; a reversible solver then undoes it exactly, others start from its `x`."""
     _check_parts(model, solver, condition, callback)
     _check_state(latent.x if isinstance(latent, Samples) else latent)
     start: Any = latent
     if isinstance(latent, Samples):
-        start = latent.x if latent.companion is None else (latent.x, latent.companion)
+        paired = isinstance(solver, Reversible) and latent.companion is not None
+        start = (latent.x, latent.companion) if paired else latent.x
     return solver.solve(
         model.given(**(condition or {})), start, make_grid(model.sde, grid, steps, end), callback=callback
     )

@@ -659,6 +659,9 @@ def test_encode_and_decode() -> None:
     exact = solvers.reversible(2)
     again = decode(model, encode(model, x, exact, **calls), exact, **calls)
     assert (again.x - x).abs().max() < 1e-9
+    both = encode(model, x, exact, **calls)
+    for other in (solvers.dpmpp(3), solvers.adaptive_ode(), solvers.scipy_ode()):  # from the first half
+        assert torch.equal(decode(model, both, other, **calls).x, decode(model, both.x, other, **calls).x)
     seen: list[int] = []
     encode(model, x, solvers.ddim(), steps=3, callback=lambda step: seen.append(step.k))
     decode(model, x, solvers.ddim(), steps=3, callback=lambda step: seen.append(step.k))
