@@ -168,7 +168,7 @@ def make_grid(
             "expected a function such as grids.karras, a Grid, or a tensor of decreasing times as grid, "
             f"found {grid!r}"
         )
-    return (default_grid if grid is None else grid)(sde, steps, end)
+    return Grid.of(sde, (default_grid if grid is None else grid)(sde, steps, end))  # times will do too
 
 
 def default_grid(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:

@@ -693,6 +693,19 @@ def test_other_solvers_answer_sample_too(name: str) -> None:
     assert torch.equal(sample(Normal(), (2, 2), solver, steps=min(steps, 8), ids=[3, 1]).x, found.x[[3, 1]])
 
 
+def test_a_function_may_return_times_for_a_grid() -> None:
+    def times(sde: LinearSDE, steps: int, end: float | None) -> Tensor:
+        return grids.uniform(sde, steps, end).t
+
+    model, x = Normal(), torch.ones(2, 1)
+    for turn, given in ((sample, (2, 1)), (encode, x), (decode, x)):
+        options = {"solver": solvers.ddim(), "steps": 4}
+        found, expected = (turn(model, given, grid=grid, **options) for grid in (times, grids.uniform))
+        assert torch.equal(found.x, expected.x)
+    with pytest.raises(TypeError, match="expected a Grid or a tensor of decreasing times, found None"):
+        sample(model, (2, 1), solvers.ddim(), grid=lambda *options: None)
+
+
 def test_grid_objects_are_reusable() -> None:
     grid = Grid.of(VP, torch.tensor([1.0, 0.5, 0.2]))
     assert torch.equal(
