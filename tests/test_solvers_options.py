@@ -19,7 +19,8 @@ from scoresde import grids, solvers
 from scoresde.denoiser import BaseDenoiser, Denoiser
 from scoresde.grids import Grid
 from scoresde.noise import Noise
-from scoresde.sde import EDM, VPSDE, LinearSDE, Rectified
+from scoresde.schedules import Cosine
+from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified
 from scoresde.solvers import base
 from scoresde.solvers.base import Card, Samples, TableSolver
 from scoresde.solvers.catalogue import CardTable, examples, parse
@@ -489,6 +490,16 @@ def test_stochastic_steps_that_start_noisier_than_the_last_one_ended(stages: Any
         check_point_mass(tables[1], VP, tolerance=1e-4)
     assert tables[0].times[:: len(stages)].tolist() == [1.0, 0.8, 0.5] + [0.0] * (len(stages) == 1)
     assert len(tables[0]) == 2 * len(stages) + 1  # the step to sigma = 0 is one row
+
+
+@pytest.mark.parametrize("sde", [VESDE(), EDM(0.002, 20.0), VPSDE(schedule=Cosine())], ids=repr)
+def test_churn_stays_within_the_process(sde: LinearSDE) -> None:
+    """Of VE with its defaults a network was asked at t = 1.011."""
+    grid = grids.karras(sde, 20)
+    table = solvers.edm(high=math.inf).tableau(sde, grid)
+    assert float(table.times[2]) == sde.t_max == float(table.times.max()) and float(grid.t[1]) < sde.t_max
+    rise = float(sde.transition(float(grid.t[1]), sde.t_max)[1])
+    assert float(table.noise[1]) == pytest.approx(1.003 * rise, rel=1e-9)
 
 
 def test_churn_leaves_the_first_node_alone() -> None:

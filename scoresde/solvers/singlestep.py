@@ -218,7 +218,7 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, spread: floa
     raised by the factor `1 + min(churn/N, 2^(1/2) - 1)`.
 
     `spread` is S_noise, the factor on the fresh noise (Karras et al. 2022, arXiv:2206.00364, algorithm 2).
-    The first node, where the state is the prior's, is not raised.
+    The first node, where the state is the prior's, is not raised, and none beyond the noise of t_max.
     """
     if not (churn >= 0 and 0 <= low <= high and spread > 0):
         raise ValueError(
@@ -230,9 +230,7 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, spread: floa
         raised = (level >= low) & (level <= high) & (torch.arange(len(grid)) > 0)
         gamma = min(churn / len(grid), 2**0.5 - 1)
         starts = (
-            torch.where(raised, sde.time(2 * (grid.lam[:-1] - math.log1p(gamma))), grid.t[:-1])
-            if gamma
-            else grid.t[:-1]
+            torch.where(raised, _raised(sde, grid.lam[:-1], gamma), grid.t[:-1]) if gamma else grid.t[:-1]
         )
         return singlestep_table(
             sde, starts, grid.t[1:], HEUN, stored="noise", variable="sigma/alpha", spread=spread, name="edm"
@@ -251,6 +249,12 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, spread: floa
         memory=2,
     )
     return TableSolver("edm", build, card, options, calls=lambda steps: 2 * steps)
+
+
+def _raised(sde: LinearSDE, lam: Tensor, gamma: float) -> Tensor:
+    """Times at which sigma/alpha is 1 + gamma times what it is at lam, at most t_max: no network knows later
+    ones."""
+    return sde.time(2 * (lam - math.log1p(gamma))).clamp(max=sde.t_max)
 
 
 def restart(intervals: Sequence[tuple[float, float, int, int]] = ((0.1, 0.3, 2, 4),)) -> TableSolver:
