@@ -502,6 +502,16 @@ def test_churn_stays_within_the_process(sde: LinearSDE) -> None:
     assert float(table.noise[1]) == pytest.approx(1.003 * rise, rel=1e-9)
 
 
+def test_restarts_stay_within_the_process() -> None:
+    """The network of a VP-SDE was asked at t = 1.66."""
+    for sde in (VP, EDM(), VESDE(), VPSDE(schedule=Cosine())):
+        grid, most = grids.karras(sde, 6), math.exp(-0.5 * float(sde.log_snr(sde.t_max)))
+        table = solvers.restart(((0.1, most, 1, 2),)).tableau(sde, grid)
+        assert float(table.times.max()) == sde.t_max
+        with pytest.raises(ValueError, match=r"restart within the process.* found high="):
+            solvers.restart(((0.1, 1.01 * most, 1, 2),)).tableau(sde, grid)
+
+
 def test_churn_leaves_the_first_node_alone() -> None:
     """Even where its noise level is low enough."""
     grid = regular(VP, 4)

@@ -263,7 +263,8 @@ def restart(intervals: Sequence[tuple[float, float, int, int]] = ((0.1, 0.3, 2, 
 
     intervals: (low, high, times, steps) in noise levels sigma/alpha, not overlapping (Xu et al. 2023,
     arXiv:2306.14878, algorithm 1). The inner grids are Karras' with rho 7. Each interval hangs at the grid
-    node nearest to `low` from above the end.
+    node nearest to `low` from above the end. Raises ValueError in `solve` for a `high` above that of
+    t_max.
     """
     if not isinstance(intervals, Sequence) or not all(len(interval) == 4 for interval in intervals):
         raise ValueError(f"expected intervals (low, high, times, steps), found {intervals!r}")
@@ -277,6 +278,13 @@ def restart(intervals: Sequence[tuple[float, float, int, int]] = ((0.1, 0.3, 2, 
     repeats = sum(2 * times * steps for _, _, times, steps in intervals)
 
     def build(sde: LinearSDE, grid: Grid) -> Tableau:
+        most = float((-0.5 * sde.log_snr(sde.t_max)).exp())
+        for _, high, _, _ in intervals:
+            if high > most * (1 + 1e-9):
+                raise ValueError(
+                    f"expected to restart within the process, from sigma/alpha <= {most:.6g} at t_max, "
+                    f"found high={high}"
+                )
         starts, ends = grid.t[:-1].tolist(), grid.t[1:].tolist()
         regular = [k for k in range(len(ends)) if float(sde.sigma(ends[k])) > 0]
         inserts = []
@@ -313,4 +321,4 @@ def _noise_levels(sde: LinearSDE, high: float, low: float, steps: int, rho: floa
     """Times with sigma/alpha from high to low, equidistant in its rho-th root."""
     fraction = torch.arange(steps + 1, dtype=torch.float64) / steps
     root = high ** (1 / rho) + fraction * (low ** (1 / rho) - high ** (1 / rho))
-    return sde.time(-2 * rho * root.log()).tolist()
+    return sde.time(-2 * rho * root.log()).clamp(max=sde.t_max).tolist()
