@@ -592,6 +592,16 @@ class CouplesTheBatch(Planted):
         return self.exact(x, t) + (1e-6 * x.mean() if t.ndim else 0.0)
 
 
+class OneTimeForAll(Planted):
+    def forward(self, x, t):
+        return self.exact(x, torch.as_tensor(t).flatten()[0])
+
+
+class OneTimeForAllScores(Planted):
+    def score(self, x, t):
+        return self.exact.score(x, torch.as_tensor(t).max())
+
+
 @pytest.mark.parametrize(
     ("planted", "message"),
     [
@@ -601,6 +611,8 @@ class CouplesTheBatch(Planted):
         (LogProbOfOther(), r"the denoiser is E\[x_0 \| x_t\]|the score is the gradient of the log-density"),
         (OffByOneLabel(), r"the denoiser is E\[x_0 \| x_t\]"),
         (CouplesTheBatch(), r"a batch of equal times is a single time"),
+        (OneTimeForAll(), r"each sample depends on its own state and time only"),
+        (OneTimeForAllScores(), r"each sample depends on its own state and time only"),
     ],
     ids=lambda p: type(p).__name__ if isinstance(p, BaseDenoiser) else "",
 )
@@ -613,6 +625,23 @@ def test_mistakes_in_denoisers_are_found(planted: BaseDenoiser, message: str) ->
 def test_a_denoiser_needs_something_to_look_at() -> None:
     with pytest.raises(ValueError, match="expected a law or data to look at"):
         check_denoiser(Planted())
+    for empty in ({"data": torch.zeros(0, 2)}, {"times": torch.zeros(0)}):
+        with pytest.raises(ValueError, match=f"{next(iter(empty))}: expected something to look at"):
+            check_denoiser(AlphaForSigmaInD(), Planted.law, **empty)
+
+
+def test_mates_that_move_a_sample_are_found_without_a_law() -> None:
+    class Centred(Planted):
+        def forward(self, x, t):
+            return self.exact(x, t) + 1e-3 * (x - x.mean(0))
+
+    data = Planted.law.sample(5)
+    check_denoiser(Planted(), data=data)
+    check_denoiser(Planted(), data=data[:1])
+    with pytest.raises(AssertionError, match="each sample depends on its own state and time only"):
+        check_denoiser(Centred(), data=data)
+    labelled = Denoiser(MLP(2, hidden=8, layers=1, classes=3), VPSDE()).given(label=torch.arange(5) % 3)
+    check_denoiser(labelled, data=data)  # conditions stay beside their samples
 
 
 # ---- how checks fail

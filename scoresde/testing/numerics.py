@@ -95,6 +95,13 @@ def has(thing: Any, what: str, names: Sequence[str]) -> None:
         )
 
 
+def something(**tensors: Tensor) -> None:
+    """ValueError for tensors without entries: nothing would be looked at, and so nothing found."""
+    for name, tensor in tensors.items():
+        if not tensor.numel():
+            raise ValueError(f"{name}: expected something to look at, found shape {tuple(tensor.shape)}")
+
+
 def name_of(method: Any) -> str:
     return getattr(method, "__name__", repr(method))
 
