@@ -365,6 +365,28 @@ def test_another_value_is_found() -> None:
         check_bound(off, PRIOR, VP, draws=4)
 
 
+def test_nothing_to_look_at_is_no_pass() -> None:
+    wrong, none = partial(guidance.classifier, MODEL, lambda x, t: x.sum(1)), DATA[:0]
+    for check in (
+        lambda: check_guidance(wrong, MODEL, data=none, posterior=POSTERIOR),
+        lambda: check_guidance(wrong, MODEL, data=DATA, times=torch.zeros(0), posterior=POSTERIOR),
+        lambda: check_interval(wrong, VP, data=none),
+        lambda: check_likelihood(lambda model, x: likelihood.log_prob(MODEL, x), PRIOR, VP, data=none),
+    ):
+        with pytest.raises(ValueError, match="expected something to look at"):
+            check()
+
+
+def test_what_a_report_lacks_is_named() -> None:
+    def lacking(model, x):
+        found = {field: getattr(likelihood.log_prob(model, x), field) for field in FOUND}
+        return type("Report", (), found)()
+
+    FOUND = ("value", "standard_error", "solver_error", "prior_gap", "latent", "end")
+    with pytest.raises(AssertionError, match="lacks truncation"):
+        check_likelihood(lacking, PRIOR, VP)
+
+
 def test_names_are_listed() -> None:
     from scoresde import testing
 

@@ -14,7 +14,7 @@ from ..laws import Law
 from ..sde import like
 from .denoiser_checks import check_score, check_views
 from .failure import at_most, holds
-from .numerics import a_few
+from .numerics import a_few, something
 
 Guide = Callable[[Any], BaseDenoiser]
 """scale -> guided denoiser, with its conditions filled in: `lambda w: guidance.classifier(model, log_p, w)`,
@@ -49,7 +49,7 @@ def check_guidance(
 
     Also: all views are those of one D, rows prepared for a solver are the forward pass, the result is the
     same under `enable_grad`, `no_grad` and `inference_mode`, and `requires_grad`, `.grad` and the training
-    flags of parameters and of the state stay as found.
+    flags of parameters and of the state stay as found. Raises ValueError for no sample or no time.
     """
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(data.shape, generator=generator, dtype=torch.float64).to(data.device)
@@ -57,6 +57,7 @@ def check_guidance(
     guided = {w: guide(w) for w in SCALES}
     ends, left = (guided[0.0], guided[1.0]), _Found(guided[3.0])
     clock = a_few(model.sde) if times is None else times.double()
+    something(data=data, times=clock)
     for t in clock:
         alpha, sigma = (like(c, eps) for c in (model.sde.alpha(t), model.sde.sigma(t)))
         x = (alpha * data.double() + sigma * eps).to(dtype)
@@ -82,8 +83,9 @@ def check_interval(guide: Guide, sde: Any, *, data: Tensor, outside: float = 0.0
 
     `guide(interval(3, low, high, outside=outside))` must be `guide(3)` at log-SNRs from low to high, both
     included, and `guide(outside)` elsewhere: for one time, for a batch of different ones, and in rows
-    prepared for a solver. `data` (B, ...) is x_0.
+    prepared for a solver. `data` (B, ...) is x_0; ValueError if there is none.
     """
+    something(data=data)
     times = a_few(sde).sort(descending=True).values
     levels = sde.log_snr(times)
     low, high = float(levels[len(levels) // 3]), float(levels[(2 * len(levels)) // 3])

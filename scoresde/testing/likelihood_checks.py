@@ -18,11 +18,12 @@ from ..noise import Noise
 from ..schedules import Time
 from ..sde import LinearSDE
 from .failure import at_most, holds
-from .numerics import has
+from .numerics import has, something
 
 Estimate = Callable[[BaseDenoiser, Tensor], Any]
 """(model, x (B, ...)) -> a report like `likelihood.LogProb` or `likelihood.Elbo`."""
 
+REPORT = ("value", "standard_error", "solver_error", "prior_gap", "truncation", "latent", "end")
 WIDTHS = 8.0  # standard errors: by chance once in 1e15 for normal ones, in 1e6 for a t of 15 degrees
 
 
@@ -59,12 +60,14 @@ def check_likelihood(
         value + log p_T(x_T) - log N(x_T; 0, prior_std^2 I) = log p_end(x)
 
     the stated `prior_gap` is that difference, to a tenth of its size; `truncation` is log p_end(x) - log
-    p_0(x), to a fifth, where it is small; and rotating data and model together changes nothing.
+    p_0(x), to a fifth, where it is small; and rotating data and model together changes nothing. Raises
+    ValueError for no data.
     """
     x = law.sample(8, generator=torch.Generator().manual_seed(0)) if data is None else data.double()
+    something(data=x)
     model = law.denoiser(sde)
     found = estimate(model, x)
-    has(found, "log-density", ("value", "standard_error", "solver_error", "prior_gap", "latent", "end"))
+    has(found, "log-density", REPORT)
     allowed = atol + found.solver_error + _error(found)
     where: dict[str, Any] = {"law": law, "sde": sde, "end": found.end}
 
