@@ -267,6 +267,12 @@ def test_certify_says_which_property_fails() -> None:
         certificate = certify(partial(noisy, share=share), VP)
         assert "order (weak, if stochastic)" in [v.what for v in certificate.lines if v.verdict == "FAIL"]
     assert certify(noisy, VP).passed
+
+    def overflows(denoise, x, times, noise):  # where the other lines do not look
+        return multistep_3(denoise, x, times, noise) * (math.nan if len(times) > 300 else 1.0)
+
+    certificate = certify(overflows, VP)
+    assert [v.what for v in certificate.lines if v.verdict == "FAIL"] == ["order (weak, if stochastic)"]
     certificate = certify(multistep_3, VP, order=3)
     assert certificate.passed and {line.verdict for line in certificate.lines} == {"pass", "-"}, certificate
 
