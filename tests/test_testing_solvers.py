@@ -342,6 +342,7 @@ def test_orders_need_a_claim_and_the_right_kind_of_solver() -> None:
 
 @pytest.mark.parametrize("draw", [
     lambda x: torch.randn_like(x), lambda x: torch.randn(x.shape, dtype=x.dtype),
+    lambda x: torch.randn_like(input=x),
     lambda x: torch.randn(*x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
     lambda x: torch.randn(size=x.shape, dtype=x.dtype), lambda x: torch.empty_like(x).normal_(),
     lambda x: (torch.empty_like(x).normal_(1.0, std=2.0) - 1) / 2,

@@ -60,7 +60,8 @@ class Injected(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.randn_like:
-            return self.draw(tuple(args[0].shape)).to(kwargs.get("dtype") or args[0].dtype)
+            like_this = args[0] if args else kwargs["input"]
+            return self.draw(tuple(like_this.shape)).to(kwargs.get("dtype") or like_this.dtype)
         if func is torch.randn:
             size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
             return self.draw(tuple(size)).to(kwargs.get("dtype") or torch.get_default_dtype())
