@@ -186,6 +186,11 @@ class Falling(Linear):
         return super().beta(t) * (1 - t) ** 2 - 2 * (1 - t) * super().B(t)
 
 
+class OfOneNumber(Power):
+    def B(self, t: Tensor) -> Tensor:
+        return 12 * math.exp(self.p * math.log(t))  # pyright: ignore
+
+
 class Single(Linear):
     def B(self, t: Tensor) -> Tensor:
         return super().B(t.float())
@@ -202,6 +207,7 @@ class Single(Linear):
         (WrongRate(), r"beta is the derivative of B: measured .*, bound .*; worst case: t="),
         (WrongRateInNumpy(), r"beta is the derivative of B"),
         (Falling(), r"B\(0\) >= 0|B increases"),
+        (OfOneNumber(), r"B of a schedule takes float64 tensors of any shape: \w+ \(.*\) for shape \(\d+,\)"),
         (Single(), r"B of a schedule is float64, .* found found=\(torch.float32"),
     ],
     ids=lambda p: type(p).__name__ if isinstance(p, Linear | Power) else "",

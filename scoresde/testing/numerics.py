@@ -108,7 +108,13 @@ def name_of(method: Any) -> str:
 
 def is_float64(method: Callable[[Tensor], Tensor], t: Tensor, what: str, owner: Any) -> None:
     for argument in (t, t[len(t) // 2], t[:4].reshape(2, 2)):
-        value = method(argument)
+        try:
+            value = method(argument)
+        except Exception as error:  # of code that is not ours, such as functions of one number
+            raise AssertionError(
+                f"{what} takes float64 tensors of any shape: {type(error).__name__} ({error}) for shape "
+                f"{tuple(argument.shape)}, of {owner!r}"
+            ) from error
         kept = isinstance(value, Tensor) and value.shape == argument.shape and value.dtype == torch.float64
         found = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
         holds(f"{what} is float64, of the shape of its times", kept, found=found, of=owner)
