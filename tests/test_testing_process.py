@@ -495,7 +495,8 @@ class WrongTransition(DDPM):
 )
 def test_mistakes_in_discretizations_are_found(make, message: str) -> None:
     betas = VPSDE().betas(100)
-    check_discretization(DDPM(betas), VPSDE())
+    for table in (DDPM(betas), betas, betas.tolist(), betas.numpy()):
+        check_discretization(table, VPSDE())
     with pytest.raises(AssertionError, match=message):
         check_discretization(make(betas), VPSDE())
 

@@ -59,6 +59,7 @@ def _sizes(sde: Any) -> list[int]:
 
 
 def _chain(made: Any) -> Any:
+    made = torch.from_numpy(made) if isinstance(made, np.ndarray) else made
     return DDPM(made) if isinstance(made, Sequence | Tensor) else made
 
 
