@@ -462,6 +462,14 @@ def test_discrete_decoder():
     x, mean = torch.tensor([[0.11, -0.2]]).double(), torch.tensor([[0.3, 0.1]]).double()
     fine = DiscreteDecoder(1e-4, -1.0, 1.0)(x, mean, ratio) - 2 * math.log(1e-4)
     assert torch.allclose(fine, GaussianDecoder()(x, mean, ratio), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"expected x on the lattice -1\.0, -0\.875, \.\.\., 1\.0, found"):
+        decoder(x, mean, ratio)
+    for off in (torch.linspace(0, 255, 5), torch.tensor([1.125]), torch.tensor([math.nan])):
+        with pytest.raises(ValueError, match="expected x on the lattice"):
+            decoder(off[:, None].double(), torch.zeros(len(off), 1).double(), ratio)
+    bits = (torch.arange(256) / 127.5 - 1).bfloat16()[:, None]  # rounded by less than the check allows
+    assert DiscreteDecoder(2 / 255, -1.0, 1.0)(bits, torch.zeros(256, 1), ratio).isfinite().all()
+    x = torch.tensor([[0.125, -0.25]]).double()
     assert torch.equal(DiscreteDecoder(0.125, -1, 1, 0.5)(x, mean, ratio),
                        DiscreteDecoder(0.125, -1, 1)(x, mean, torch.tensor(0.5).double()))  # fmt: skip
     normal = torch.distributions.Normal(mean, 0.3)

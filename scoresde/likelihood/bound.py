@@ -28,7 +28,7 @@ from torch import Tensor
 from ..denoiser import DATA, NOISE, BaseDenoiser, as_conditions, evaluating
 from ..grids import Grid
 from ..noise import Noise
-from ..schedules import Time, wide
+from ..schedules import Time, holds, wide
 from ..sde import LinearSDE, like
 from ..variance import half_gain, step_divergence, with_variance
 from .density import bits_per_dim, nodes_from_t_max
@@ -82,7 +82,8 @@ class DiscreteDecoder:
     """The mass of N(D, std^2 I) in the cells of the lattice low, low + step, ..., high on which x lies; the
     outermost cells reach to infinity (Ho et al. 2020, arXiv:2006.11239, eq. 13).
 
-    The logarithm is exact in the tails too. `std` is sigma/alpha at the end unless given.
+    The logarithm is exact in the tails too. `std` is sigma/alpha at the end unless given. Raises ValueError
+    for x on the host that does not lie there: scaled otherwise, or dequantized.
     """
 
     step: float
@@ -96,10 +97,23 @@ class DiscreteDecoder:
         _check_width(self.std)
 
     def __call__(self, x: Tensor, mean: Tensor, ratio: Tensor) -> Float[Tensor, " b"]:
+        self._check_lattice(x)
         std, half = _width(self.std, ratio), self.step / 2
         lower = torch.where(x < self.low + half, -math.inf, (x - half - mean) / std)
         upper = torch.where(x > self.high - half, math.inf, (x + half - mean) / std)
         return log_normal_mass(lower, upper).flatten(1).sum(1)
+
+    def _check_lattice(self, x: Tensor) -> None:
+        """Up to a third of a step, which is more than 8 bits are rounded to in bfloat16."""
+        place = (x.double() - self.low) / self.step
+        nearest = place.round().clamp(0, round((self.high - self.low) / self.step))
+        if not holds((place - nearest).abs() < 1 / 3):
+            least, most = x.aminmax()
+            raise ValueError(
+                f"expected x on the lattice {self.low}, {self.low + self.step}, ..., {self.high}, found "
+                f"numbers from {least.item():.6g} to {most.item():.6g} beside it; dequantized x has a "
+                "density, take GaussianDecoder()"
+            )
 
 
 def log_normal_mass(a: Tensor, b: Tensor) -> Tensor:
