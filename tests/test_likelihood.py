@@ -512,6 +512,11 @@ def test_empty_batch_and_images():
         ({"x": torch.ones(2, 2, dtype=torch.int64)}, "expected floating x"),
         ({"x": torch.ones(2)}, "at least one coordinate"),
         ({"x": torch.ones(2, 0)}, "at least one coordinate"),
+        ({"x": torch.ones(2, 2).numpy()}, "expected a tensor x of shape .*, found ndarray"),
+        ({"model": abs}, "expected a denoiser as model"),
+        ({"condition": [1, 2]}, "expected a mapping from names to values"),
+        ({"divergence": Hutchinson}, "expected a divergence object"),
+        ({"divergence": "exact"}, "expected a divergence object"),
         ({"end": 0.0}, "expected an end with noise"),
         ({"end": 2.0}, "expected"),
         ({"order": 0}, "order in 1..6"),
@@ -537,7 +542,7 @@ def test_bad_arguments(options, message, unchecked):
             return x
 
     with pytest.raises((ValueError, TypeError), match=message):
-        log_prob(Denoiser(Counting(), VPSDE()), **{"x": torch.ones(2, 2), **options})
+        log_prob(**{"model": Denoiser(Counting(), VPSDE()), "x": torch.ones(2, 2), **options})
     assert calls == 0
 
 

@@ -530,6 +530,13 @@ def test_a_sample_is_a_function_of_its_id():
     [
         ({"x": torch.ones(2, 1, dtype=torch.int64)}, "expected floating x"),
         ({"x": torch.ones(2)}, "at least one coordinate"),
+        ({"x": torch.ones(2, 1).numpy()}, "expected a tensor x of shape .*, found ndarray"),
+        ({"model": abs}, "expected a denoiser as model"),
+        ({"condition": [1, 2]}, "expected a mapping from names to values"),
+        ({"decoder": lambda: GaussianDecoder}, "expected a decoder object"),
+        ({"decoder": lambda: None}, "expected a decoder object"),
+        ({"decoder": lambda: lambda x, mean, ratio: x - mean}, r"shape \(2,\); found \(2, 1\)"),
+        ({"decoder": lambda: lambda x, mean, ratio: 0.0}, r"shape \(2,\); found float"),
         ({"draws": 0}, "number of draws"),
         ({"draws": True}, "number of draws"),
         ({"end": 0.0}, "expected an end with noise"),
@@ -542,9 +549,10 @@ def test_a_sample_is_a_function_of_its_id():
     ],
 )
 def test_bad_arguments(options, message, unchecked):
-    options = {"x": torch.ones(2, 1), "decoder": GaussianDecoder, **options}
+    defaults = {"model": LAW.denoiser(VP), "x": torch.ones(2, 1), "decoder": GaussianDecoder}
+    options = {**defaults, **options}
     with pytest.raises((ValueError, TypeError), match=message):
-        elbo(LAW.denoiser(VP), **{**options, "decoder": options["decoder"]()})
+        elbo(**{**options, "decoder": options["decoder"]()})
 
 
 def test_conditions_of_the_bound_are_those_of_samplers() -> None:

@@ -31,7 +31,7 @@ from ..noise import Noise
 from ..schedules import Time, holds, wide
 from ..sde import LinearSDE, like
 from ..variance import half_gain, step_divergence, with_variance
-from .density import bits_per_dim, nodes_from_t_max
+from .density import bits_per_dim, check_parts, nodes_from_t_max
 
 ELBO_ROWS = 2**61  # of the noise: no sampler reaches them
 DECODER_DRAWS = 4
@@ -308,12 +308,10 @@ def elbo(
     The decoder's term is the mean of 4 draws of x_end. Raises TypeError or ValueError for arguments that do
     not fit: a grid that does not start at t_max, an end without noise.
     """
+    check_parts(model, x, condition)
     started, sde = time.perf_counter(), model.sde
-    if not x.is_floating_point() or x.ndim < 2 or math.prod(x.shape[1:]) == 0:
-        raise ValueError(
-            f"expected floating x of shape (B, ...) with at least one coordinate, found {x.dtype} of shape "
-            f"{tuple(x.shape)}"
-        )
+    if isinstance(decoder, type) or not callable(decoder):
+        raise TypeError(f"expected a decoder object such as GaussianDecoder(), found {decoder!r}")
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"expected a whole number of draws >= 1, found {draws!r}")
     with torch.no_grad(), evaluating(model):
@@ -362,7 +360,14 @@ def _decode(
     mean, std = model.sde.marginal(x, end)
     denoised = model.as_view(DATA, mean + std * eps, wide(end).to(x.device), **cond)
     ratio = model.sde.sigma(end) / model.sde.alpha(end)
-    return -decoder(x, denoised, ratio.to(x.device))
+    log_p = decoder(x, denoised, ratio.to(x.device))
+    if not isinstance(log_p, Tensor) or log_p.shape != (len(x),):
+        found = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
+        raise ValueError(
+            f"expected the decoder to return log p(x | x_end), one number a sample, shape ({len(x)},); "
+            f"found {found}"
+        )
+    return -log_p
 
 
 def _discrete(

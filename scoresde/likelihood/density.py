@@ -148,12 +148,10 @@ def log_prob(
 
     Raises ValueError or TypeError for arguments that do not fit.
     """
+    check_parts(model, x, condition)
     started, sde = time.perf_counter(), model.sde
-    if not x.is_floating_point() or x.ndim < 2 or math.prod(x.shape[1:]) == 0:
-        raise ValueError(
-            f"expected floating x of shape (B, ...) with at least one coordinate, found {x.dtype} of shape "
-            f"{tuple(x.shape)}"
-        )
+    if isinstance(divergence, type) or not isinstance(divergence, Divergence | None):
+        raise TypeError(f"expected a divergence object such as Hutchinson(16), found {divergence!r}")
     if isinstance(order, bool) or order not in range(1, 7):
         raise ValueError(f"expected an order in 1..6, found {order!r}")
     control = Control(tolerance, tolerance, max_calls)
@@ -167,6 +165,24 @@ def log_prob(
         given = model.given(**_savable(condition or {}))
         field = Field(given, divergence, tuple(x.shape[1:]), probes)
         return _log_prob(field, x.detach().clone(), times, control if grid is None else None, order, started)
+
+
+def check_parts(model: BaseDenoiser, x: Tensor, condition: Mapping[str, Any] | None) -> None:
+    """TypeError or ValueError for what has no likelihood."""
+    if not isinstance(model, BaseDenoiser):
+        raise TypeError(
+            "expected a denoiser as model, such as Denoiser(network, sde) or law.denoiser(sde), "
+            f"found {model!r}"
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor x of shape (B, ...), found {type(x).__name__}")
+    if not x.is_floating_point() or x.ndim < 2 or math.prod(x.shape[1:]) == 0:
+        raise ValueError(
+            f"expected floating x of shape (B, ...) with at least one coordinate, found {x.dtype} of shape "
+            f"{tuple(x.shape)}"
+        )
+    if not isinstance(condition, Mapping | None):
+        raise TypeError(f"expected a mapping from names to values as condition, found {condition!r}")
 
 
 def nodes_from_t_max(sde: LinearSDE, grid: Grid | Tensor | None, end: float | None) -> Tensor:
