@@ -405,6 +405,8 @@ def test_errors(unchecked) -> None:
         guidance.colorize(plain, torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match="with a batch axis of 1 or 5"):
         guidance.inpaint(plain, f64(1.0, 1.0, 0.0), f64(0.0, 0.0, 0.0))(x, t)
+    with pytest.raises(ValueError, match=r"mask: .* y, \(1, 3\), found \(2,\)"):
+        guidance.inpaint(plain, MASK, torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"determined, found t=1\.0"):
         guidance.linear_inverse(LAW.denoiser(Rectified()), A, Y, R)(x, 1.0)
     for mask in (torch.tensor([255, 0, 255], dtype=torch.uint8), f64(0.5, 0.0, 1.0), f64(math.nan, 0.0, 1.0)):
@@ -412,6 +414,35 @@ def test_errors(unchecked) -> None:
             guidance.inpaint(plain, mask, torch.zeros(1, 3))
     with pytest.raises(TypeError, match="expected a denoiser to guide"):
         guidance.dps(lambda x, t: x, A, Y, R)
+
+
+@pytest.mark.parametrize("made", [
+    lambda model: guidance.inpaint(model, torch.ones(4, 4), torch.zeros(1, 3, 4, 4)),
+    lambda model: guidance.inpaint(model, torch.ones(4, 4), torch.zeros(2, 1, 4, 4)),  # not for all channels
+    lambda model: guidance.inpaint(model, torch.ones(8, 4), torch.zeros(2, 2, 8, 4)),
+    lambda model: guidance.inpaint(model, torch.ones(4, 4), torch.zeros(3, 2, 4, 4)),
+    lambda model: guidance.colorize(model, torch.zeros(2, 1, 2, 4)),
+    lambda model: guidance.colorize(model, torch.zeros(3, 1, 4, 4)),
+    lambda model: guidance.linear_inverse(model, torch.ones(1, 32), torch.zeros(3, 1), 0.1),
+    lambda model: guidance.linear_inverse(model, lambda x: x.flatten(1).sum(1), torch.tensor(0.1), 0.1),
+])  # fmt: skip
+def test_what_is_known_has_the_shape_of_the_state(made, unchecked) -> None:
+    """Before the network is called, which may take long, and without a broadcast of torch."""
+    calls = []
+
+    class Counting(BaseDenoiser):
+        sde = VP
+
+        def forward(self, x, t):
+            calls.append(t)
+            return x
+
+    right = guidance.inpaint(Counting(), torch.ones(4, 4), torch.zeros(1, 2, 4, 4))
+    assert sample(right, (2, 2, 4, 4), solvers.ddim(), steps=2).x.shape == (2, 2, 4, 4) and calls
+    calls.clear()
+    with pytest.raises(ValueError, match=r"expected (what is known|y of shape)"):
+        sample(made(Counting()), (2, 2, 4, 4), solvers.ddim(), steps=2)
+    assert not calls
 
 
 def test_arrays_lists_and_single_numbers_are_measurements_too(unchecked) -> None:

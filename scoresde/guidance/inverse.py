@@ -199,9 +199,13 @@ class Observed(Guided):
 
     def forward(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         t = wide(t)
+        if self.y.ndim == 0 or len(self.y) not in (1, len(x)):
+            raise ValueError(
+                f"expected y of shape ({len(x)}, ...) or (1, ...) like A x, found {tuple(self.y.shape)}"
+            )
         gain = like(shift(DATA, self.scale, self.sde, t), x)
         seen, pull, D = pullback(lambda x: self._seen(x, t, cond), x)
-        if seen.shape[1:] != self.y.shape[1:] or len(self.y) not in (1, len(x)):
+        if seen.shape[1:] != self.y.shape[1:]:
             raise ValueError(
                 f"expected y of shape ({len(x)}, ...) or (1, ...) like A x, {tuple(seen.shape)}; found "
                 f"{tuple(self.y.shape)}"
@@ -291,7 +295,13 @@ def inpaint(model: BaseDenoiser, mask: Tensor, y: Tensor, noise_var: float = 0.0
     if bool((known & (mask.to(y.device) != 1)).any()):
         low, high = mask.aminmax()
         raise ValueError(f"mask: expected zeros and ones only, found {low.item()} to {high.item()}")
-    y, known = torch.broadcast_tensors(y, known)
+    try:
+        y, known = torch.broadcast_tensors(y, known)
+    except RuntimeError:
+        raise ValueError(
+            f"mask: expected a shape that broadcasts against that of y, {tuple(y.shape)}, found "
+            f"{tuple(mask.shape)}"
+        ) from None
     return Replaced(model, Masked(known.to(y.dtype)), torch.where(known, y, 0), _variance(noise_var))
 
 
@@ -322,6 +332,10 @@ class Masked:
         """Variance of a coordinate for each unit of variance of y."""
         return 1
 
+    def event(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of what is known of a sample."""
+        return tuple(x.shape[1:])
+
     def narrowed(self, rows: Tensor | slice, batch: int) -> Masked:
         return Masked(some_rows(self.mask, rows, batch))
 
@@ -342,6 +356,10 @@ class Grey:
         """Variance of a coordinate for each unit of variance of y."""
         return x.shape[1]
 
+    def event(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of what is known of a sample."""
+        return (1, *x.shape[2:])
+
 
 class Replaced(Guided):
     """See `inpaint`: D outside an orthogonal projection of the data, and inside it the mean of what is known,
@@ -356,12 +374,13 @@ class Replaced(Guided):
         return f"{type(self.part).__name__}, noise_var={self.noise_var}"
 
     def forward(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
-        D = checked(self.model(x, t, **cond), x)
-        if self.y.ndim != x.ndim or len(self.y) not in (1, len(x)):
+        event = self.part.event(x)
+        if self.y.shape not in ((1, *event), (len(x), *event)):
             raise ValueError(
-                f"expected what is known with a batch axis of 1 or {len(x)} for x of shape {tuple(x.shape)}, "
-                f"found shape {tuple(self.y.shape)}"
+                f"expected what is known with a batch axis of 1 or {len(x)} and then {event} for x of shape "
+                f"{tuple(x.shape)}, found shape {tuple(self.y.shape)}"
             )
+        D = checked(self.model(x, t, **cond), x)
         y, known = self.y.to(x), self.y.to(x)
         if self.noise_var:
             alpha, sigma = self.sde.alpha(wide(t)), self.sde.sigma(wide(t))
