@@ -173,6 +173,15 @@ def test_a_conservative_network_is_saved_and_loaded(tmp_path) -> None:
     assert networks.Gradient(Scalar()).config is None
 
 
+def test_what_is_no_potential_is_told() -> None:
+    two = networks.Gradient(networks.MLP(3, out_dim=2))
+    with pytest.raises(ValueError, match=r"input's \(4, 3\), or one number a sample, found \(4, 2\)"):
+        two(torch.zeros(4, 3), torch.zeros(4))
+    for wrong in ({"class": "Linear", "config": {}}, {}):
+        with pytest.raises(ValueError, match=r"one of \['MLP', 'UNet'\]"):
+            networks.Gradient(wrong)
+
+
 # ---- combinations
 
 

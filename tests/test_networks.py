@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from scoresde.networks import (
     Attention,
     Conditioning,
     Encoder,
+    NoisyClassifier,
     RandomFourier,
     Residual,
     Sinusoidal,
@@ -531,6 +533,14 @@ def test_wrong_calls(kind, config, device, dtype, unchecked):
     ]:
         with pytest.raises(ValueError, match=names):
             call()
+    for call, names in [
+        (lambda: net(x, 0.5, label, vector), r"time: expected a tensor .* found 0\.5; give torch\.full"),
+        (lambda: net(x, time, label, vector.tolist()), r"vector: expected a tensor of shape \(3, 3\), found"),
+        (lambda: plain(x, time, vector=[1.0]), "vector: expected a tensor"),
+        (lambda: net(x, time, [0, 1, 2], vector), "label: expected a tensor"),
+    ]:
+        with pytest.raises(TypeError, match=names):
+            call()
     if device.type == "cpu":  # a GPU asserts in its kernel, which ends the process's use of it
         for wrong in (-2, 5):
             with pytest.raises(ValueError, match=f"from -1 .no class. to 4, found .*{wrong}"):
@@ -602,6 +612,15 @@ def test_wrong_configurations(changes, unchecked):
     if shared:
         with pytest.raises(ValueError, match=r"expected .*found"):
             MLP(2, **shared)
+
+
+@pytest.mark.parametrize("network", [UNet, partial(NoisyClassifier, classes=2)])
+@pytest.mark.parametrize("changes", [
+    {"attention": -1}, {"attention": [0.5]}, {"attention": "1"}, {"multipliers": 2},
+], ids=str)  # fmt: skip
+def test_levels_are_sequences(network, changes, unchecked):
+    with pytest.raises(TypeError, match=r"(attention|multipliers): expected .*found"):
+        network(1, base=8, **changes)
 
 
 @pytest.mark.parametrize("changes", [{"dim": 0}, {"hidden": 0}, {"layers": 0}, {"out_dim": 0}], ids=str)

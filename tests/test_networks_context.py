@@ -166,8 +166,11 @@ WRONG: list[tuple[Call, str]] = [
 @pytest.mark.parametrize(("call", "message"), WRONG)
 def test_wrong_contexts(call: Call, message: str, device, dtype, unchecked) -> None:
     net, plain = built(device, dtype), built(device, dtype, context_dim=None)
+    x, t, context = inputs(device, dtype)
     with pytest.raises(ValueError, match=message):
-        call(net, plain, *inputs(device, dtype))
+        call(net, plain, x, t, context)
+    with pytest.raises(TypeError, match="context: expected a tensor, found list"):
+        net(x, t, context=context.tolist())
 
 
 def test_a_checkpoint_keeps_it(tmp_path, device) -> None:

@@ -209,7 +209,12 @@ class Encoder(nn.Module):
 
 
 def attended_levels(attention: Sequence[int], levels: int) -> set[int]:
-    """The levels with attention, counted from 0; ValueError if there is no such level."""
+    """The levels with attention, counted from 0; ValueError if there is no such level, TypeError for what is
+    no sequence of ints."""
+    if not isinstance(attention, Sequence) or not all(isinstance(level, int) for level in attention):
+        raise TypeError(
+            f"attention: expected the ints of levels, as in (-1,) for the deepest, found {attention!r}."
+        )
     if not all(-levels <= level < levels for level in attention):
         raise ValueError(
             f"attention: expected levels from 0 (full resolution) to {levels - 1}, or from -{levels} to -1 "

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from scoresde.networks.blocks import Encoder, norm, zeros_
+from scoresde.networks.blocks import Encoder, attended_levels, norm, zeros_
 from scoresde.networks.embeddings import Conditioning, check_time
-from scoresde.networks.unet import check_dropout, check_positive
+from scoresde.networks.unet import check_dropout, check_levels, check_positive
 
 
 class NoisyClassifier(nn.Module):
@@ -39,11 +39,9 @@ class NoisyClassifier(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(channels=channels, classes=classes, base=base, blocks=blocks, heads=heads)
-        check_positive(
-            embedding_dim=embedding_dim,
-            levels=len(multipliers),
-            **{f"multipliers[{level}]": m for level, m in enumerate(multipliers)},
-        )
+        check_positive(embedding_dim=embedding_dim)
+        check_levels(multipliers)
+        attended_levels(attention, len(multipliers))
         check_dropout(dropout)
         self.config: dict[str, Any] = {
             "channels": channels,

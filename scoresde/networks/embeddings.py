@@ -158,6 +158,11 @@ class Conditioning(nn.Module):
             raise ValueError(
                 "label: this network has no classes; leave label out, or build it with classes=."
             )
+        if vector is not None and not isinstance(vector, Tensor):
+            raise TypeError(
+                f"vector: expected a tensor of shape ({len(time)}, {self.vector_dim}), found {vector!r}; "
+                "give torch.tensor(vector)."
+            )
         if self.vector is not None:
             h = h + self.vector(self._checked(vector, len(time)).to(weight.dtype))
         elif vector is not None:
@@ -198,7 +203,12 @@ class Conditioning(nn.Module):
 
 
 def check_time(time: Tensor, batch: int) -> None:
-    """One time for each row, or a ValueError."""
+    """One time for each row, or a ValueError; TypeError for what is no tensor."""
+    if not isinstance(time, Tensor):
+        raise TypeError(
+            f"time: expected a tensor of shape ({batch},), one time a row, found {time!r}; give "
+            f"torch.full(({batch},), time)."
+        )
     if time.shape != (batch,):
         raise ValueError(
             f"time: expected shape ({batch},), one time a row, "

@@ -33,6 +33,11 @@ class Gradient(nn.Module):
     def __init__(self, network: nn.Module | Mapping[str, Any]) -> None:
         super().__init__()
         if isinstance(network, Mapping):
+            if network.get("class") not in KINDS:
+                raise ValueError(
+                    f"network: expected a network or its class, one of {sorted(KINDS)}, and config, found "
+                    f"{network}."
+                )
             network = KINDS[network["class"]](**network["config"])
         self.network = network
         name = type(network).__name__
@@ -48,6 +53,11 @@ class Gradient(nn.Module):
         out = self.network(x, time, **cond)
         if out.shape == x.shape:
             return (x * out).flatten(1).sum(1)
+        if out.numel() != len(x):
+            raise ValueError(
+                f"expected the network to return its input's {tuple(x.shape)}, or one number a sample, found "
+                f"{tuple(out.shape)}."
+            )
         return out.reshape(len(x))
 
     def forward(

@@ -21,6 +21,15 @@ def check_positive(**sizes: int | None) -> None:
             raise ValueError(f"{name}: expected a positive int, found {size!r}.")
 
 
+def check_levels(multipliers: Sequence[int]) -> None:
+    """TypeError unless there is a sequence, ValueError unless it is of positive ints, one or more."""
+    if not isinstance(multipliers, Sequence):
+        raise TypeError(f"multipliers: expected positive ints, one for each level, found {multipliers!r}.")
+    check_positive(
+        **{f"multipliers[{level}]": m for level, m in enumerate(multipliers)}, levels=len(multipliers)
+    )
+
+
 def check_context(context: Tensor | None, mask: Tensor | None, batch: int, dim: int | None) -> None:
     """ValueError unless context is (B, L, dim) and its mask boolean (B, L), where they are given."""
     if context is None and mask is None:
@@ -29,6 +38,9 @@ def check_context(context: Tensor | None, mask: Tensor | None, batch: int, dim: 
         raise ValueError(
             "context: this network reads none; leave it out, or build the network with context_dim=."
         )
+    for name, given in {"context": context, "context_mask": mask}.items():
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a tensor, found {type(given).__name__}.")
     if context is None or context.ndim != 3 or (len(context), context.shape[2]) != (batch, dim):
         found = None if context is None else tuple(context.shape)
         raise ValueError(f"context: expected shape ({batch}, L, {dim}) (context_dim), found {found}.")
@@ -94,13 +106,7 @@ class UNet(nn.Module):
         check_positive(channels=channels, base=base, blocks=blocks, heads=heads, classes=classes)
         check_positive(vector_dim=vector_dim, embedding_dim=embedding_dim, out_channels=out_channels)
         check_positive(context_dim=context_dim)
-        if not isinstance(multipliers, Sequence):
-            raise TypeError(
-                f"multipliers: expected positive ints, one for each level, found {multipliers!r}."
-            )
-        check_positive(
-            **{f"multipliers[{level}]": m for level, m in enumerate(multipliers)}, levels=len(multipliers)
-        )
+        check_levels(multipliers)
         check_dropout(dropout)
         attended = attended_levels(attention, len(multipliers))
         if context_dim is not None and not attended:
