@@ -733,6 +733,12 @@ def test_no_signal_no_guidance() -> None:
     assert torch.equal(late.rows(f64(1.0, 0.5), x).evaluate(x, 0), PRIOR.denoiser(sde)(x, 1.0))
 
 
+@pytest.mark.parametrize("two", [np.int64(2), np.float32(2), np.arange(3)[2]], ids=type)
+def test_numbers_of_numpy_are_scales(two, unchecked) -> None:
+    made = guidance.classifier(PRIOR.denoiser(VP), lambda x, t: x.sum(1), two)
+    assert type(made.scale) is float and made.scale == 2
+
+
 def test_a_scale_that_is_one_number() -> None:
     """A function may return a number, or one time's number for all of a grid's."""
     x, one = f64(0.3, -1.0)[:, None], torch.tensor([0, 0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def checked_scale(scale: Scale, name: str = "scale") -> Scale:
     """The scale. Raises TypeError for what is none, ValueError for NaN and infinity."""
     if callable(scale):
         return scale
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
+    if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"{name}: expected a number or a function of (sde, t), found {scale!r}")
     if not math.isfinite(scale):
         raise ValueError(f"{name}: expected a finite number, found {scale}")
