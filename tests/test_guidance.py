@@ -656,6 +656,18 @@ def test_a_negative_condition_takes_the_place_of_none(device) -> None:
     torch.testing.assert_close(left_out, 2 * model(x, 0.4, label=label) - model(x, 0.4))
 
 
+def test_a_condition_that_is_a_mapping_has_a_null_of_its_parts(device) -> None:
+    class Nested(nn.Module):
+        def forward(self, x, time, text):
+            return x * text["scale"][:, None] + text["shift"][:, None]
+
+    model, x = Denoiser(Nested(), VP), draw(device, F64, 4, 3)
+    text = {"scale": draw(device, F64, 4), "shift": draw(device, F64, 4)}
+    found = guidance.classifier_free(model, 2.0, null={"text": {"scale": 0.0}})(x, 0.4, text=text)
+    null = {"scale": torch.zeros_like(text["scale"]), "shift": text["shift"]}
+    torch.testing.assert_close(found, 2 * model(x, 0.4, text=text) - model(x, 0.4, text=null))
+
+
 def test_rescaling_by_hand(device) -> None:
     model, _, label = networks_of(F64, device)
     x = draw(device, F64, 4, 3)

@@ -32,8 +32,9 @@ def classifier_free(
              most code); `ho_salimans(w)` is the paper's w, by which 0 is the conditional one. Numbers or
              functions of noise level: outside an `interval` use `outside=1`
     null     the conditions that mean "none": numbers, or tensors with a batch axis of 1 or B, e.g.
-             {"label": -1}, {"vector": 0.0}; None leaves a condition out. A *negative* condition, in its
-             place, is one to get away from: {"label": 3}
+             {"label": -1}, {"vector": 0.0}, or for a condition that is a mapping {"text": {"tokens": 0}};
+             None leaves a condition out. A *negative* condition, in its place, is one to get away from:
+             {"label": 3}
     rescale  phi in [0, 1]: shrinks D towards the standard deviation of D_cond over the elements of a sample,
              `D ((1 - phi) + phi std(D_cond)/std(D))` (Lin et al. 2023, arXiv:2305.08891, section 3.4)
     doubled  call the network once with the batch and its null twin, rather than twice: faster where batches
@@ -160,7 +161,10 @@ class ClassifierFree(Guided):
 
 
 def _shaped(value: Any, like_this: Any) -> Any:
-    """A null condition in the shape, dtype and place of the condition that it replaces."""
+    """A null condition in the shape, dtype and place of the condition that it replaces; of a mapping each
+    part by itself, and what it does not name as given."""
+    if isinstance(value, Mapping) and isinstance(like_this, Mapping):
+        return {**like_this, **{k: _shaped(v, like_this.get(k)) for k, v in value.items()}}
     if value is None or not isinstance(like_this, Tensor):
         return value
     if isinstance(value, (int, float)):
