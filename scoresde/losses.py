@@ -323,6 +323,8 @@ def _mean_square(error: Tensor) -> Tensor:
 
 def _with_gradients(loss: Callable[[Tensor, Tensor], Tensor], score: Score, x: Tensor) -> Tensor:
     """`loss(x, score(x))` with x a leaf that takes gradients; a plain number where the caller wants none."""
+    if x.ndim < 2:
+        raise ValueError(f"expected x of shape (B, ...) with an axis after the batch, found {tuple(x.shape)}")
     wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x.detach().requires_grad_()

@@ -284,6 +284,13 @@ def test_their_gradients_are_those_of_the_fisher_divergence(name):
         torch.testing.assert_close(gradient[i, j], up - down, rtol=1e-10, atol=1e-10)
 
 
+def test_score_matching_needs_an_axis_after_the_batch(unchecked):
+    x = torch.randn(5)
+    for loss in (lambda: losses.implicit(torch.neg, x), lambda: losses.sliced(torch.neg, x, x)):
+        with pytest.raises(ValueError, match=r"expected x of shape \(B, \.\.\.\) .* found \(5,\)"):
+            loss()
+
+
 def test_score_matching_works_without_gradients_around_it_and_refuses_other_shapes():
     x = torch.randn(4, 2, dtype=torch.float64)
     with torch.no_grad():
