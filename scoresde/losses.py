@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .denoiser import NOISE, BaseDenoiser, Denoiser, Karras, Prediction
+from .schedules import holds
 from .sde import LinearSDE, like
 from .variance import LearnedVariance, step_divergence
 
@@ -275,10 +276,17 @@ def classification(
     """`-log p(label | x_t)`, `x_t = alpha x_0 + sigma eps`: cross-entropy on noisy data, whose minimiser is
     the classifier that guidance needs (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4.1).
 
-    `classifier(x, t)` is log p(y | x_t = x) for all classes, (B, K), and has an `sde`.
+    `classifier(x, t)` is log p(y | x_t = x) for all classes, (B, K), and has an `sde`. Raises ValueError for
+    labels that are none of them, where the host knows them.
     """
     mean, std = classifier.sde.marginal(x0, t)
     log_p = classifier(mean + std * eps, t)
+    known = torch.zeros_like(label) if label.is_floating_point() else (label >= 0) & (label < log_p.shape[1])
+    if not holds(known):
+        raise ValueError(
+            f"label: expected integers from 0 to {log_p.shape[1] - 1}, found {label.dtype} from "
+            f"{label.min().item()} to {label.max().item()}"
+        )
     return -log_p.gather(1, label.long()[:, None])[:, 0]
 
 

@@ -122,7 +122,7 @@ def points(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return (CENTRES[label] + 0.3 * torch.randn(n, 2, generator=g, dtype=F64)).float(), label
 
 
-def test_the_loss_is_the_cross_entropy_at_x_t() -> None:
+def test_the_loss_is_the_cross_entropy_at_x_t(unchecked) -> None:
     x0, label = points(4, 0)
     eps, t = torch.randn(4, 2), torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=F64)
     torch.manual_seed(0)
@@ -134,6 +134,9 @@ def test_the_loss_is_the_cross_entropy_at_x_t() -> None:
         assert abs(float(found[i] + log_p[label[i]])) < 1e-5
     for dtype in (torch.int8, torch.int32):
         assert torch.equal(losses.classification(classifier, x0, eps, t, label.to(dtype)).detach(), found)
+    for wrong in (label + 1, label - 1, label.float()):  # counted from 1; no class; no integers
+        with pytest.raises(ValueError, match="label: expected integers from 0 to 2, found"):
+            losses.classification(classifier, x0, eps, t, wrong)
 
 
 @pytest.fixture(scope="module")
