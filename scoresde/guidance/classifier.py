@@ -54,8 +54,9 @@ def classifier(model: BaseDenoiser, log_prob: LogProb, scale: Scale = 1.0) -> Cl
 
     model      any denoiser
     log_prob   (x (B, ...), t (B,) float64) -> (B,), log p(y | x_t) up to a constant, of a classifier that
-               knows noisy data: `Classifier(...).log_prob(label)`, or any differentiable function. A module
-               is put in evaluation mode by solvers, like the model; samples must not depend on each other
+               knows noisy data: `Classifier(...).log_prob(label)`, or any differentiable function (what it
+               computes under its own `no_grad`, or detaches, does not guide, unnoticed). A module is put in
+               evaluation mode by solvers, like the model; samples must not depend on each other
     scale      a number or a function of noise level, see `interval`, `ramp`
 
     At scale 1 and with the exact log_prob it is the denoiser of p(x_0 | y): `law.posterior`. At other scales
