@@ -344,6 +344,9 @@ def test_conjugate_residuals_solve() -> None:
         short = conjugate_residuals(lambda v, m=matrix: (m @ v[:, :, None])[:, :, 0], b, 2)
         assert (short - z).abs().max() > 1e-3 and not short[3].any()
     assert conjugate_residuals(lambda v: v, b[:0], 3).shape == (0, 5)
+    applied: list[Tensor] = []
+    conjugate_residuals(lambda v: applied.append(v) or v, b, 50)
+    assert len(applied) == 5  # no backward pass beyond the dimension
 
 
 def test_the_residual_never_grows() -> None:
