@@ -200,9 +200,9 @@ def test_diffusers(peer, solver):
     "large": (D("DDPMScheduler", variance_type="fixed_large"), solvers.ddpm("large")),
 })  # fmt: skip
 def test_diffusers_ddpm(peer, solver):
-    """Its last step adds no noise, as ours to sigma = 0."""
+    """To an end with noise, as its own last step, from timestep 0, would add none."""
     sde = VPSDE()
-    assert difference(peer, solver, sde, uneven(sde, end=0.0)) < EXACT
+    assert difference(peer, solver, sde, uneven(sde)) < EXACT
 
 
 @both(DPM_SOLVER)

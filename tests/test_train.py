@@ -12,9 +12,9 @@ import sys
 import textwrap
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -459,10 +459,20 @@ class Ramp:
         return B / 10
 
 
+class Levels(Sequence):
+    """A sequence that JSON does not know."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return (-1,)[i]
+
+
 def test_what_cannot_be_saved_is_refused_before_it_is_trained(tmp_path, unchecked):
     (tmp_path / "file").touch()
     network = networks.MLP(2, 8, 1)
-    odd = networks.UNet(1, base=8, multipliers=(1, 2), blocks=1, heads=2, attention=np.array([-1]))
+    odd = networks.UNet(1, base=8, multipliers=(1, 2), blocks=1, heads=2, attention=Levels())
     x = X.float()
     for model, data, path, message in (
         (Denoiser(network, VPSDE()), x, tmp_path, "expected a file to write, found the folder .*name a file"),
