@@ -281,8 +281,15 @@ METHODS: dict[str, tuple[Any, tuple[str, dict] | None, str | None, tuple[str, di
 }  # fmt: skip
 
 
-def case(method: str, network: str, shape: tuple[int, ...], device: torch.device, steps: int) -> Case:
-    """All implementations of a method, ready to run."""
+def case(
+    method: str,
+    network: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    steps: int,
+    with_compiled: bool = False,
+) -> Case:
+    """All implementations of a method, ready to run; compiled where that pays."""
     solver, diffusers, k_diffusion, azula = METHODS[method]
     sde = VPSDE()
     net = (Ready(shape, device) if network == "ready" else digits_unet(shape[1])).to(device).eval()
@@ -321,7 +328,7 @@ def case(method: str, network: str, shape: tuple[int, ...], device: torch.device
         runs["azula"] = in_azula(azula[0], table, sde, net, x, z, **azula[1])
     if device.type == "cuda":
         runs["graph"] = in_graph(runs["table"])
-    elif network == "ready" and x.numel() >= 10_000 and shutil.which(os.environ.get("CXX", "g++")):
+    elif with_compiled and x.numel() >= 10_000 and shutil.which(os.environ.get("CXX", "g++")):
         runs["compiled"] = compiled(table, Denoiser(Unseen(), sde, model.predicts).eval(), x, z)
     return Case(method, network, "x".join(map(str, shape)), runs, steps)
 
@@ -509,7 +516,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer turns, no U-Net")
+    parser.add_argument("--quick", action="store_true", help="fewer turns, no U-Net, nothing compiled")
     parser.add_argument(
         "--out",
         type=Path,
@@ -525,7 +532,7 @@ def main() -> None:
         cases = []
         for shape in SHAPES.values():
             for method in METHODS:  # in turn, as only one compiled loop is kept
-                cases.append(case(method, "ready", shape, device, STEPS))
+                cases.append(case(method, "ready", shape, device, STEPS, with_compiled=not options.quick))
                 measure(cases[-1:], clock, turns, 0.01)
         if not options.quick:
             with_network = [case(method, "U-Net", (16, 1, 8, 8), device, 10) for method in METHODS]
