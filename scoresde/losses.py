@@ -203,8 +203,7 @@ def denoising(
     The minimiser is E[x_0 | x_t] for any positive weight. For a `Denoiser` the error is taken on the
     network's own output and target, so that nothing cancels at small sigma.
     """
-    mean, std = model.sde.marginal(x0, t)
-    x_t = mean + std * eps
+    x_t = _noisy(model.sde, x0, eps, t)
     w = weight(model.sde, t)
     if isinstance(model, Denoiser):
         error = model.raw(x_t, t, **cond) - model.target(x0, eps, t)
@@ -233,8 +232,7 @@ def hybrid(
     t = 0, whose term in the bound is the decoder's, has none. One call of the network.
     """
     sde = model.sde
-    mean, std = sde.marginal(x0, t)
-    F, v = model.halves(mean + std * eps, t, **cond)
+    F, v = model.halves(_noisy(sde, x0, eps, t), t, **cond)
     square = (F - model.target(x0, eps, t)).square()
     to_data = unit(model.predicts, sde, t)
     w = weight(sde, t) / to_data
@@ -279,8 +277,7 @@ def classification(
     `classifier(x, t)` is log p(y | x_t = x) for all classes, (B, K), and has an `sde`. Raises ValueError for
     labels that are none of them, where the host knows them.
     """
-    mean, std = classifier.sde.marginal(x0, t)
-    log_p = classifier(mean + std * eps, t)
+    log_p = classifier(_noisy(classifier.sde, x0, eps, t), t)
     known = torch.zeros_like(label) if label.is_floating_point() else (label >= 0) & (label < log_p.shape[1])
     if not holds(known):
         raise ValueError(
@@ -323,6 +320,16 @@ def sliced(
         return curvature + 0.5 * (s.flatten(1).square().sum(1) if reduce_variance else along.square())
 
     return _with_gradients(loss, score, x)
+
+
+def _noisy(sde: LinearSDE, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t. Raises ValueError unless the noise is one for each element of x_0: a broadcast one would be shared
+    by several.
+    """
+    if eps.shape != x0.shape:
+        raise ValueError(f"eps: expected the shape of x0, {tuple(x0.shape)}, found {tuple(eps.shape)}")
+    mean, std = sde.marginal(x0, t)
+    return mean + std * eps
 
 
 def _mean_square(error: Tensor) -> Tensor:

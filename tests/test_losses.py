@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from scoresde import losses
 from scoresde.ddpm import discretize
 from scoresde.denoiser import BaseDenoiser, Denoiser, Karras
+from scoresde.guidance import Classifier
 from scoresde.schedules import Sigmoid
 from scoresde.sde import EDM, VESDE, VPSDE, LinearSDE, Rectified, SubVPSDE
+from scoresde.variance import LearnedVariance
 
 SDES = [VPSDE(), VPSDE(0.3, 9.0), SubVPSDE(), VESDE(0.02, 30.0), EDM(), Rectified()]
 PREDICTIONS = ["noise", "data", "velocity", "flow", "score", Karras(0.6)]
@@ -162,6 +164,23 @@ def test_loss_of_any_denoiser_and_of_one_behind_conditions():
     model = Shrink(sde, 0.4)
     expected = losses.min_snr(sde, t) * (x0 - model(mean + std * eps, t)).square().mean(1)
     torch.testing.assert_close(losses.denoising(model, x0, eps, t, losses.min_snr), expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (1, 3), (3,), ()])
+def test_noise_is_not_broadcast(unchecked, shape):
+    x0, t = torch.zeros(6, 3, dtype=torch.float64), torch.full((6,), 0.5, dtype=torch.float64)
+    eps = torch.ones(shape, dtype=torch.float64)
+    learned = LearnedVariance(torch.nn.Identity(), VPSDE())
+    classes = torch.zeros(6, dtype=torch.long)
+    for loss, model, extra in (
+        (losses.denoising, Denoiser(Bend(), VPSDE()), ()),
+        (losses.denoising, Shrink(VPSDE(), 0.7), ()),
+        (functools.partial(losses.important, sizes=torch.ones(4)), Shrink(VPSDE(), 0.7), ()),
+        (losses.hybrid, learned, ()),
+        (losses.classification, Classifier(torch.nn.Linear(3, 2), VPSDE()), (classes,)),
+    ):
+        with pytest.raises(ValueError, match=r"eps: expected the shape of x0, \(6, 3\)"):
+            loss(model, x0, eps, t, *extra)
 
 
 def test_simple_loss_on_the_chain_is_algorithm_1():
