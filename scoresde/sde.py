@@ -206,7 +206,7 @@ class VPSDE(LinearSDE):
     def __init__(
         self, beta_min: float = 0.1, beta_max: float = 20.0, *, schedule: Schedule | None = None
     ) -> None:
-        if not isinstance(schedule, Schedule | None):
+        if isinstance(schedule, type) or not isinstance(schedule, Schedule | None):
             raise TypeError(
                 f"expected a schedule with B, beta and time, as in scoresde.schedules, found {schedule!r}"
             )
