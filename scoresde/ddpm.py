@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import BaseDenoiser, evaluating
-from .schedules import Tabulated, beta_table, holds
+from .schedules import Tabulated, beta_table, float_table, holds
 from .sde import VPSDE, like
 
 Index = int | Tensor
@@ -31,20 +31,25 @@ class DDPM:
         self.times = _times(len(self.log_alphas))
 
     @classmethod
-    def from_log_alphas(cls, log_alphas: Tensor, times: Tensor | None = None) -> DDPM:
+    def from_log_alphas(
+        cls, log_alphas: Sequence[float] | Tensor, times: Sequence[float] | Tensor | None = None
+    ) -> DDPM:
         """The chain with `log(1 - beta_i)` given, (N,) negative numbers; the way to betas that round to 1.
 
         `times` (N,) is where a denoiser is called for each step, i/N unless given.
         """
+        log_alphas = float_table(log_alphas, "log alphas")
         valid = (log_alphas < 0) & log_alphas.isfinite()
         if log_alphas.ndim != 1 or len(log_alphas) == 0 or not bool(valid.all()):
             raise ValueError(
                 "expected a one-dimensional, non-empty tensor of finite negative log alphas, "
                 f"found shape {tuple(log_alphas.shape)} with {int((~valid).sum())} other numbers"
             )
+        at = _times(len(log_alphas)) if times is None else float_table(times, "times")
+        if at.shape != log_alphas.shape:
+            raise ValueError(f"expected times of shape {tuple(log_alphas.shape)}, found {tuple(at.shape)}")
         chain = cls.__new__(cls)
-        chain.log_alphas = log_alphas.double().cpu().clone()
-        chain.times = _times(len(log_alphas)) if times is None else times.clone()
+        chain.log_alphas, chain.times = log_alphas.clone(), at.clone()
         return chain
 
     def __len__(self) -> int:
@@ -200,15 +205,16 @@ class DDPM:
         """The VP-SDE whose marginals at t = i/N are the chain's (N being this chain's length)."""
         return VPSDE(schedule=Tabulated((0.0, *(-self.log_alpha_bars).tolist())))
 
-    def loss(self, model: BaseDenoiser, x_0: Tensor, i: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
-        """Algorithm 1: (B,) means of `|eps - eps_theta(x_i, i)|^2` over the elements, `i` (B,) in 1..N.
+    def loss(self, model: BaseDenoiser, x_0: Tensor, i: Index, eps: Tensor, **cond: Tensor) -> Tensor:
+        """Algorithm 1: (B,) means of `|eps - eps_theta(x_i, i)|^2` over the elements, `i` in 1..N.
 
         `x_i = alpha_bar_i^(1/2) x_0 + (1 - alpha_bar_i)^(1/2) eps`; the model's process is `self.sde()`.
         """
         self._check_process(model)
-        std = self._take(self._noise(self.log_alpha_bars).sqrt(), i, x_0)
-        x_i = self.marginal(x_0, i)[0] + std * _of_shape(eps, x_0)
-        predicted = model.noise(x_i, self.times.to(i.device)[i.long() - 1], **cond)
+        index = self._index(i)
+        std = self._take(self._noise(self.log_alpha_bars).sqrt(), index, x_0)
+        x_i = self.marginal(x_0, index)[0] + std * _of_shape(eps, x_0)
+        predicted = model.noise(x_i, self.times.to(index.device)[index - 1], **cond)
         return (eps - predicted).square().flatten(1).mean(1)
 
     @torch.no_grad()

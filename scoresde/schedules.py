@@ -358,12 +358,17 @@ class Learned(nn.Module):
         return _increasing_root(lambda t: self.B(t) - B, B)
 
 
+def float_table(values: Sequence[float] | Tensor, name: str) -> Tensor:
+    """Numbers as a float64 CPU tensor. Raises TypeError for what is none."""
+    try:
+        return torch.as_tensor(values, dtype=torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"expected a table of numbers as {name}, found {values!r}") from None
+
+
 def beta_table(betas: Sequence[float] | Tensor) -> Tensor:
     """A DDPM table as an (N,) float64 CPU tensor. Raises ValueError unless 0 < beta < 1 throughout."""
-    try:
-        table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"expected a table of numbers as betas, found {betas!r}") from None
+    table = float_table(betas, "betas").detach()
     if table.ndim != 1 or len(table) == 0 or not bool(((table > 0) & (table < 1)).all()):
         span = f", range [{table.min().item():g}, {table.max().item():g}]" if table.numel() else ""
         raise ValueError(

@@ -377,9 +377,14 @@ def test_wrong_words_and_tables(unchecked: None) -> None:
     for wrong in ([], [0.0], [0.5, 1.0], [-0.1], [math.nan], torch.full((2, 2), 0.1)):
         with pytest.raises(ValueError, match=r"expected a .* table of betas .* found shape"):
             DDPM(wrong)
-    for wrong in (f64(), f64(-0.1, 0.0), f64(-math.inf), f64(math.nan), f64(-0.1)[None]):
+    for wrong in (f64(), f64(-0.1, 0.0), f64(-math.inf), f64(math.nan), f64(-0.1)[None], [0.1], -0.1):
         with pytest.raises(ValueError, match=r"expected .* finite negative log alphas, found shape"):
-            DDPM.from_log_alphas(wrong)
+            DDPM.from_log_alphas(wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="expected a table of numbers as log alphas, found 'cosine'"):
+        DDPM.from_log_alphas("cosine")  # pyright: ignore[reportArgumentType]
+    for times in ([1.0], [0.2, 0.5, 1.0], 0.5):
+        with pytest.raises(ValueError, match=r"expected times of shape \(2,\), found"):
+            DDPM.from_log_alphas([-0.1, -0.2], times)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="expected a VP-SDE"):
         SubVPSDE().betas(10)
     with pytest.raises(TypeError, match="expected a VP-SDE to discretize, found EDM"):
@@ -397,6 +402,9 @@ def test_log_alphas_are_kept_in_float64() -> None:
     chain = DDPM.from_log_alphas(torch.tensor([-0.5, -0.25]))
     assert chain.log_alphas.dtype == chain.betas.dtype == torch.float64
     assert chain.times.tolist() == [0.5, 1.0]
+    listed = DDPM.from_log_alphas([-0.5, -0.25], [0.25, 0.75])
+    assert torch.equal(listed.log_alphas, chain.log_alphas) and listed.times.tolist() == [0.25, 0.75]
+    assert listed.log_alphas.dtype == listed.times.dtype == torch.float64
 
 
 def test_a_chain_keeps_its_own_copy() -> None:
@@ -500,6 +508,8 @@ def test_algorithm_1_is_the_noise_error(device: torch.device, dtype: torch.dtype
         x = sde.alpha(t).to(x_0) * x_0[row : row + 1] + sde.sigma(t).to(x_0) * eps[row : row + 1]
         known = (eps[row : row + 1] - model.noise(x, t)).square().mean()
         torch.testing.assert_close(loss[row], known, rtol=4e3 * torch.finfo(dtype).eps, atol=0)
+    one_for_all = chain.loss(model, x_0, torch.full((5,), 20, device=device), eps)
+    torch.testing.assert_close(chain.loss(model, x_0, 20, eps), one_for_all)
     short = chain.respace([2, 20, 50])
     together = short.loss(model, x_0[:3], torch.tensor([1, 2, 3], device=device), eps[:3])
     alone = chain.loss(model, x_0[1:2], torch.tensor([20], device=device), eps[1:2])
