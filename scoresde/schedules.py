@@ -23,7 +23,7 @@ Time = float | Tensor
 def check_numbers(**values: object) -> None:
     """TypeError unless each value is a number, or converts to one as numpy's do (text does not)."""
     for name, value in values.items():
-        if not hasattr(value, "__float__"):
+        if not hasattr(value, "__float__") or getattr(value, "ndim", 0):
             raise TypeError(f"{name}: expected a number, found {value!r}")
 
 

@@ -346,6 +346,11 @@ def test_wrong_shapes_and_orders_are_refused() -> None:
 def test_other_things_are_refused(unchecked: None) -> None:
     with pytest.raises(TypeError, match=r"expected a tensor as state, found 2\.0"):
         VPSDE().marginal(2.0, 0.5)  # pyright: ignore[reportArgumentType]
+    for wrong in (np.array([0.1, 0.2]), np.array([0.1]), [0.1, 0.2], None):
+        with pytest.raises(TypeError, match="time: expected a number, found"):
+            VPSDE().alpha(wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="sigma_max: expected a number, found"):
+        VESDE(0.1, np.array([1.0, 2.0]))  # pyright: ignore[reportArgumentType]
     for wrong in (0.1, "linear", Linear):
         with pytest.raises(TypeError, match="expected a schedule with B, beta and time"):
             VPSDE(schedule=wrong)  # pyright: ignore[reportArgumentType]
