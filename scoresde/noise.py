@@ -156,8 +156,15 @@ def _checked_ids(ids: Any, device: torch.device | str | None) -> Tensor:
     return ids.to(device or ids.device, copy=True)
 
 
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape as a tuple. Raises TypeError for what has no entries, such as one number."""
+    if not isinstance(shape, Iterable):
+        raise TypeError(f"expected a shape, a sequence of integers, found {shape!r}")
+    return tuple(shape)
+
+
 def _checked_shape(shape: Sequence[int], batch: int) -> tuple[int, ...]:
-    sizes = tuple(_integer(n, "each size of a shape", 0, 2**63) for n in shape)
+    sizes = tuple(_integer(n, "each size of a shape", 0, 2**63) for n in _sizes(shape))
     if not sizes or sizes[0] != batch:
         raise ValueError(f"expected a shape ({batch}, ...), a sample for each of {batch} ids, found {sizes}")
     return sizes
@@ -260,7 +267,7 @@ class Noise:
         if isinstance(row, Tensor) or _recording(self._base):
             return self._normals(self._row(row), _checked_shape(shape, len(self.ids)))
         made = self._made
-        found = made.find(self.offset + row, tuple(shape)) if made is not None and type(row) is int else None
+        found = made.find(self.offset + row, _sizes(shape)) if made is not None and type(row) is int else None
         return self._ahead(self._row(row), _checked_shape(shape, len(self.ids))) if found is None else found
 
     def _ahead(self, row: int, shape: tuple[int, ...]) -> Tensor:
@@ -469,8 +476,8 @@ class PathNoise:
 
     def __call__(self, row: int, shape: Sequence[int]) -> Float[Tensor, "b ..."]:
         """The normalised increment of a row; `shape` must be that of the path."""
-        if tuple(shape) != self.path.shape:
-            raise ValueError(f"expected the shape of the path, {self.path.shape}, found {tuple(shape)}")
+        if _sizes(shape) != self.path.shape:
+            raise ValueError(f"expected the shape of the path, {self.path.shape}, found {_sizes(shape)}")
         i = self.offset + _integer(row, "row", -_ROWS, _ROWS)
         i = _integer(i, "offset + row", 0, len(self.clock) - 1)
         start = self._last[1] if self._last and self._last[0] == i else self.path._value(self.clock[i])
