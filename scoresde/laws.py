@@ -16,17 +16,18 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from .denoiser import SCORE, BaseDenoiser, Prediction
 from .engines import Engine, Terms, engine_of, shares
-from .schedules import Time, wide
+from .schedules import Time, holds, wide
 from .sde import LinearSDE, like
 from .spectrum import Covariance, LowRank, Numbers, Spectrum, real, spectrum_of, stack
 
 __all__ = ["Empirical", "ExactDenoiser", "Gaussian", "Law", "LowRank", "Mixture"]
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 SHOWN = 64  # numbers that a law prints
 
 
@@ -185,7 +186,9 @@ class Law:
 
         Kalman's update of every component, weights times the evidence N(y; A m_k, A S_k A^T + noise_var I).
         """
-        y, A = self._observation(y, A, noise_var)
+        y, A, noise_var = self._observation(y, A, noise_var)
+        if not len(y):
+            return self
         log_w, means, spectra = [], [], []
         for k, mean in enumerate(self._means):
             gain, spectrum, seen, U = self._spectrum.condition(k, A, noise_var)
@@ -206,17 +209,15 @@ class Law:
         one, zero = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
         return self._engine().terms(self._flat(x), one, zero)
 
-    def _observation(self, y: Numbers, A: Numbers, noise_var: float) -> tuple[Tensor, Tensor]:
-        y, A = real(y, "y", self.device), real(A, "A", self.device)
+    def _observation(self, y: Numbers, A: Numbers, noise_var: float) -> tuple[Tensor, Tensor, float]:
+        y, A, variance = real(y, "y", self.device), real(A, "A", self.device), _variance(noise_var)
         y = y.reshape(1) if y.ndim == 0 else y
         if A.ndim != 2 or A.shape[1] != self.dim or y.shape != A.shape[:1]:
             raise ValueError(
                 f"expected y of shape (m,) and A of shape (m, {self.dim}),"
                 f" found shapes {tuple(y.shape)} and {tuple(A.shape)}"
             )
-        if not 0 < float(noise_var) < math.inf:
-            raise ValueError(f"expected noise_var > 0 and finite, found {noise_var}")
-        return y, A
+        return y, A, variance
 
     def _flat(self, x: Tensor) -> Tensor:
         """x (B, *event) as float64 (B, D)."""
@@ -344,7 +345,7 @@ class Empirical(Law):
 
     def posterior(self, y: Numbers, A: Numbers, noise_var: float) -> Empirical:
         """The same points, weights times N(y; A x, noise_var I)."""
-        y, A = self._observation(y, A, noise_var)
+        y, A, noise_var = self._observation(y, A, noise_var)
         errors = y - self._means @ A.mT
         log_w = (self._log_w - 0.5 * errors.square().sum(-1) / noise_var).log_softmax(0)
         return self._make(type(self), log_w, self._means, self._spectrum)
@@ -388,11 +389,13 @@ class ExactDenoiser(BaseDenoiser):
         return terms.data(shares(terms.logits)).reshape(x.shape).to(x.dtype)
 
     def of_component(
-        self, x: Float[Tensor, "b ..."], t: Time, k: Int64[Tensor, " b"]
+        self, x: Float[Tensor, "b ..."], t: Time, k: Integer[Tensor, " b"]
     ) -> Float[Tensor, "b ..."]:
-        """E[x_0 | x_t = x, x_0 from component k], one component for each sample."""
+        """E[x_0 | x_t = x, x_0 from component k], one component for each sample. Raises ValueError for a
+        component that there is not, where the host knows it."""
         terms = self._terms(x, t)
-        alone = torch.nn.functional.one_hot(k, terms.logits.shape[-1]).double()
+        K = terms.logits.shape[-1]
+        alone = torch.nn.functional.one_hot(_components(k, len(x), K), K).double()
         return terms.data(alone).reshape(x.shape).to(x.dtype)
 
     def score(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, "b ..."]:
@@ -416,6 +419,25 @@ class ExactDenoiser(BaseDenoiser):
         r = shares(terms.logits)
         noise = like(sigma, x.double()) * terms.pull(r).reshape(x.shape)
         return (p * terms.data(r).reshape(x.shape) + q * noise).to(x.dtype)
+
+
+def _variance(noise_var: float) -> float:
+    given = real(noise_var, "noise_var")
+    if given.numel() != 1 or not given > 0:
+        raise ValueError(f"expected one noise_var > 0 and finite, found {noise_var}")
+    return given.item()
+
+
+def _components(k: Tensor, batch: int, count: int) -> Tensor:
+    """k as int64 (batch,), checked against 0..count - 1 where the host knows it."""
+    if not isinstance(k, Tensor) or k.dtype not in INTEGERS or k.shape != (batch,):
+        found = f"{k.dtype} of shape {tuple(k.shape)}" if isinstance(k, Tensor) else repr(k)
+        raise ValueError(f"expected a tensor of integers of shape ({batch},) as components, found {found}")
+    if not holds((k >= 0) & (k < count)):
+        raise ValueError(
+            f"expected components from 0 to {count - 1}, found {k.min().item()} to {k.max().item()}"
+        )
+    return k.long()
 
 
 def _log_density(terms: Terms, dim: int) -> Tensor:

@@ -441,6 +441,24 @@ def test_posterior_of_points() -> None:
     assert type(post) is Empirical
 
 
+def test_no_observation_changes_nothing() -> None:
+    for law in (*(make(kind, 0)[0] for kind in ALL), Empirical([[0.0, 1.0], [2.0, 3.0]])):
+        after = law.posterior(torch.zeros(0), torch.zeros(0, law.dim), 0.1)
+        assert type(after) is type(law) and torch.equal(after.means, law.means)
+        near(after.weights, law.weights, 1e-15)
+        assert torch.equal(after.cov, law.cov)
+
+
+@pytest.mark.parametrize("noise_var", [torch.tensor([0.25]), np.array([0.25]), np.float64(0.25), [0.25]])
+def test_noise_variance_is_one_number_in_any_form(unchecked, noise_var) -> None:
+    for law in (Gaussian([0.0, 1.0], 1.0), Empirical([[0.0, 1.0], [2.0, 3.0]])):
+        found, expected = (law.posterior([0.5], [[1.0, 1.0]], v) for v in (noise_var, 0.25))
+        near(found.weights, expected.weights, 1e-15)
+        assert torch.equal(found.mean, expected.mean)
+        with pytest.raises(ValueError, match="expected one noise_var > 0"):
+            law.posterior([0.5], [[1.0, 1.0]], torch.tensor([0.25, 0.25]))
+
+
 def test_posterior_is_stable_when_almost_everything_is_known() -> None:
     """Noise 1e-14 against a prior of 1e4: textbook S - G A S would be lost in rounding."""
     for cov in (
@@ -667,6 +685,25 @@ def test_the_mean_of_one_component(kind: str, dtype) -> None:
     ]
     near(found, alone, ROUNDING[dtype])
     assert found.dtype == dtype
+    for integer in (torch.uint8, torch.int32):
+        assert torch.equal(law.denoiser(VPSDE()).of_component(x, 0.3, k.to(integer)), found)
+
+
+@pytest.mark.parametrize(
+    ("k", "words"),
+    [
+        (torch.tensor([0, 3]), "expected components from 0 to 1, found 0 to 3"),
+        (torch.tensor([-1, 0]), "expected components from 0 to 1, found -1 to 0"),
+        (torch.tensor([0.0, 1.0]), r"integers of shape \(2,\) as components, found torch.float32"),
+        (torch.tensor([True, False]), "found torch.bool"),
+        (torch.tensor([1]), r"found torch.int64 of shape \(1,\)"),
+        (1, "found 1"),
+    ],
+)
+def test_components_that_there_are_not(k, words: str, unchecked) -> None:
+    model = Mixture([0.5, 0.5], [0.0, 1.0], 1.0).denoiser(VPSDE())
+    with pytest.raises(ValueError, match=words):
+        model.of_component(torch.zeros(2, 1), 0.3, k)
 
 
 def test_two_components_are_both_drawn() -> None:
@@ -789,7 +826,7 @@ def test_components_of_no_weight_do_not_matter() -> None:
         (lambda: Gaussian(0.0, 1.0).posterior([1.0], [1.0], 1.0), r"y of shape \(m,\) and A of shape"),
         (lambda: Gaussian(0.0, 1.0).posterior([1.0], [[1.0, 2.0]], 1.0), r"A of shape \(m, 1\)"),
         (lambda: Gaussian(0.0, 1.0).posterior(1.0, [[1.0]], -1.0), "noise_var"),
-        (lambda: Gaussian(0.0, 1.0).posterior(1.0, [[1.0]], math.inf), "noise_var > 0 and finite"),
+        (lambda: Gaussian(0.0, 1.0).posterior(1.0, [[1.0]], math.inf), "noise_var to be finite"),
         (lambda: Gaussian(0.0, 1.0).sample(-1), "whole number of draws n >= 0, found -1"),
         (lambda: Gaussian(0.0, 1.0).sample(True), "whole number of draws"),
         (lambda: Gaussian(0.0, 1.0).sample(2.0), "whole number of draws"),
