@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from inspect import signature
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,6 +172,11 @@ def _in_lam(
     regular_last = float(sde.default_end) if tail else last
     # The regular node nearest to a start without signal mirrors the default end.
     regular_start = float(sde.time(-sde.log_snr(sde.default_end))) if head else start
+    if not regular_last < regular_start:
+        raise ValueError(
+            f"expected an end below {regular_start:.6g}, where the nodes of finite log-SNR begin, found "
+            f"{regular_last:.6g}; take a grid that is spaced in t, such as grids.uniform"
+        )
     lam = 0.5 * sde.log_snr(torch.tensor([regular_start, regular_last], dtype=torch.float64))
     ends = shape(lam)
     t = sde.time(2 * inverse(ends[0] + _fractions(inner - 1) * (ends[1] - ends[0])))
@@ -221,8 +227,12 @@ def blend(
     """Node by node between two grids: `t_k = weight one_k + (1 - weight) other_k`.
 
     `power(exponent=3)` with a little of `karras`, for example, has most nodes where the first has them, and
-    smaller first steps. Raises ValueError for a weight outside [0, 1].
+    smaller first steps. Raises ValueError for a weight outside [0, 1], TypeError for what is no function.
     """
+    check_numbers(weight=weight)
+    for name, grid in {"one": one, "other": other}.items():
+        if not callable(grid):
+            raise TypeError(f"{name}: expected a function such as grids.karras, found {grid!r}")
     if not 0 <= weight <= 1:
         raise ValueError(f"expected a weight in [0, 1], found {weight}")
     return Grid.of(sde, other(sde, steps, end).t.lerp(one(sde, steps, end).t, weight))  # keeps the ends
@@ -272,8 +282,9 @@ def parse(text: str) -> Callable[..., Grid]:
 
 def _with_options(function: Callable[..., Grid]) -> Callable[..., Callable[..., Grid]]:
     @wraps(function)
-    def made(**options: object) -> Callable[..., Grid]:
+    def made(**options: Any) -> Callable[..., Grid]:
         signature(function).bind(None, 1, None, **options)  # TypeError for other names
+        function(VPSDE.from_betas([0.5, 0.5]), 1, **options)  # tried where each works: for other values
         return partial(function, **options) if options else function
 
     return made

@@ -120,6 +120,22 @@ def test_blend_is_between_two_grids() -> None:
             blend(sde, 9, weight=weight)
 
 
+def test_blend_is_of_functions(unchecked) -> None:
+    with pytest.raises(TypeError, match=r"other: expected a function such as grids\.karras, found 5"):
+        grids.blend(SDES["linear"], 9, one=grids.power, other=5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="weight: expected a number, found 'a'"):
+        grids.blend(SDES["linear"], 9, one=grids.power, other=grids.power, weight="a")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize("end", [0.999, 0.9995])
+def test_an_end_before_the_first_node_of_finite_lam(spacing: str, end: float) -> None:
+    with pytest.raises(ValueError, match=r"expected an end below 0\.999, .*, found 0\.999.*grids\.uniform"):
+        GRIDS[spacing](Rectified(), 5, end)
+    assert GRIDS[spacing](Rectified(), 1, end).t.tolist() == [1.0, end]
+    assert GRIDS[spacing](Rectified(), 5, 0.99).t[[0, -1]].tolist() == [1.0, 0.99]
+
+
 @pytest.mark.parametrize("spacing", ["log_snr", "karras"])
 def test_nodes_of_infinite_lam_stand_alone(spacing: str) -> None:
     make = GRIDS[spacing]

@@ -48,6 +48,13 @@ def test_every_grid_has_a_name(unchecked):
         "uniform; karras",
         "karras(rho=1.0, rho=2.0)",
         "karras(rho={[]: 1})",
+        "karras(rho='a')",
+        "karras(rho=0.0)",
+        "karras(rho=karras)",
+        "blend(one=karras, other=5)",
+        "blend(one=karras, other=uniform, weight='a')",
+        "0.2 karras + 0.8 power(exponent=-1.0)",
+        "ddpm(spacing='other')",
     ],
 )
 def test_nothing_but_grids(text: str, tmp_path, monkeypatch, unchecked):
