@@ -629,6 +629,45 @@ def test_wrong_mlp_configurations(changes, unchecked):
         MLP(**{"dim": 2, **changes})
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.uint8])
+def test_numbers_of_numpy_are_sizes(integer, unchecked):
+    """And nothing of them is left, so that a config can be saved; 4 * 64 is 0 in eight bits."""
+    for kind, config in (
+        (UNet, {"channels": 1, "base": 64, "multipliers": [1, 1], "attention": [1], "blocks": 1, "classes": 2}),
+        (NoisyClassifier, {"channels": 1, "classes": 3, "base": 64, "multipliers": [1, 1], "attention": [1]}),
+        (MLP, {"dim": 2, "hidden": 128, "layers": 1}),
+    ):
+        given = {
+            name: tuple(map(integer, value)) if isinstance(value, list) else integer(value)
+            for name, value in config.items()
+        }
+        net = kind(**given, dropout=np.float32(0.25))
+        assert net.config == kind(**config, dropout=0.25).config
+        assert json.loads(json.dumps(net.config)) == net.config
+        assert kind(integer(2), integer(4)).config == kind(2, 4).config
+    assert UNet(1, base=8, attention=(np.int64(-1),)).config["attention"] == [-1]
+    with pytest.raises(ValueError, match="hidden: expected a positive int, found 0"):
+        MLP(2, hidden=integer(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MLP(2, hidden=33), "hidden: expected an even number of at least 4, .*, found 33"),
+        (lambda: MLP(2, hidden=2), "hidden: expected an even number of at least 4, .*, found 2"),
+        (lambda: MLP(2, hidden=3, embedding="fourier"), "hidden: expected an even number of at least 2"),
+        (lambda: MLP(2, embedding_dim=5), "embedding_dim: expected an even number"),
+        (lambda: UNet(1, base=8, embedding_dim=5), "embedding_dim: expected an even number"),
+        (lambda: NoisyClassifier(1, 2, base=8, embedding_dim=5), "embedding_dim: expected an even number"),
+    ],
+)
+def test_embeddings_of_odd_size_name_the_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+    MLP(2, hidden=33, embedding_dim=4)
+    MLP(2, hidden=2, embedding="fourier")
+
+
 # --- Precision, layout, compilation, derivatives ------------------------------------------------------------
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from scoresde.networks.blocks import Encoder, attended_levels, norm, zeros_
-from scoresde.networks.embeddings import Conditioning, check_time
-from scoresde.networks.unet import check_dropout, check_levels, check_positive
+from scoresde.networks.embeddings import Conditioning, check_features, check_time
+from scoresde.networks.unet import check_dropout, check_levels, check_positive, plain_numbers
 
 
 class NoisyClassifier(nn.Module):
@@ -23,6 +23,7 @@ class NoisyClassifier(nn.Module):
     `train.fit_classifier` trains that.
     """
 
+    @plain_numbers
     def __init__(
         self,
         channels: int,
@@ -43,6 +44,8 @@ class NoisyClassifier(nn.Module):
         check_levels(multipliers)
         attended_levels(attention, len(multipliers))
         check_dropout(dropout)
+        width = embedding_dim or 4 * base
+        check_features(embedding, embedding_dim=width)
         self.config: dict[str, Any] = {
             "channels": channels,
             "classes": classes,
@@ -56,7 +59,6 @@ class NoisyClassifier(nn.Module):
             "time_input": time_input,
             "embedding_dim": embedding_dim,
         }
-        width = embedding_dim or 4 * base
         self.conditioning = Conditioning(width, embedding=embedding, time_input=time_input)
         self.encoder = Encoder(channels, base, multipliers, blocks, attention, heads, dropout, width)
         deepest = self.encoder.out_channels[-1]

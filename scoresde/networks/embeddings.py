@@ -115,6 +115,17 @@ def time_embedding(kind: str, time_input: str, dim: int) -> nn.Module:
     return maker(dim, **options[time_input])
 
 
+def check_features(kind: str, **sizes: int) -> None:
+    """ValueError unless each size can be that of an embedding of this kind."""
+    least = 2 if kind == "fourier" else 4
+    for name, size in sizes.items():
+        if size < least or size % 2:
+            raise ValueError(
+                f"{name}: expected an even number of at least {least}, for sines and cosines of time, found "
+                f"{size}."
+            )
+
+
 class Conditioning(nn.Module):
     """Time, class and vector -> features `SiLU(MLP(embed(time)) + E[label] + V vector)` of size `dim`.
 

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from scoresde.networks.blocks import zeros_
-from scoresde.networks.embeddings import Conditioning, check_time
-from scoresde.networks.unet import check_dropout, check_positive
+from scoresde.networks.embeddings import Conditioning, check_features, check_time
+from scoresde.networks.unet import check_dropout, check_positive, plain_numbers
 
 
 class Layer(nn.Module):
@@ -38,6 +38,7 @@ class MLP(nn.Module):
     hidden, out_dim to dim).
     """
 
+    @plain_numbers
     def __init__(
         self,
         dim: int,
@@ -55,6 +56,8 @@ class MLP(nn.Module):
         check_positive(dim=dim, hidden=hidden, layers=layers, classes=classes)
         check_positive(vector_dim=vector_dim, embedding_dim=embedding_dim, out_dim=out_dim)
         check_dropout(dropout)
+        width = embedding_dim or hidden
+        check_features(embedding, **{"embedding_dim" if embedding_dim else "hidden": width})
         self.config: dict[str, Any] = {
             "dim": dim,
             "hidden": hidden,
@@ -67,7 +70,6 @@ class MLP(nn.Module):
             "embedding_dim": embedding_dim,
             "out_dim": out_dim,
         }
-        width = embedding_dim or hidden
         self.conditioning = Conditioning(
             width, classes=classes, vector_dim=vector_dim, embedding=embedding, time_input=time_input
         )

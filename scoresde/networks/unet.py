@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import numbers
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,27 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from scoresde.networks.blocks import Block, Encoder, attended_levels, check_heads, norm, zeros_
-from scoresde.networks.embeddings import Conditioning, check_time
+from scoresde.networks.embeddings import Conditioning, check_features, check_time
+
+P = ParamSpec("P")
+
+
+def plain_numbers(init: Callable[P, None]) -> Callable[P, None]:
+    """A constructor whose arguments may be, or hold, numpy's numbers: it gets Python's, which JSON takes."""
+
+    @wraps(init)
+    def made(*args: P.args, **options: P.kwargs) -> None:
+        init(*map(_plain, args), **{name: _plain(value) for name, value in options.items()})  # pyright: ignore[reportCallIssue]
+
+    return made
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_positive(**sizes: int | None) -> None:
@@ -85,6 +107,7 @@ class UNet(nn.Module):
     slower).
     """
 
+    @plain_numbers
     def __init__(
         self,
         channels: int,
@@ -108,6 +131,8 @@ class UNet(nn.Module):
         check_positive(context_dim=context_dim)
         check_levels(multipliers)
         check_dropout(dropout)
+        width = embedding_dim or 4 * base
+        check_features(embedding, embedding_dim=width)
         attended = attended_levels(attention, len(multipliers))
         if context_dim is not None and not attended:
             raise ValueError(
@@ -133,7 +158,6 @@ class UNet(nn.Module):
             "context_dim": context_dim,
         }
         self.context_dim = context_dim
-        width = embedding_dim or 4 * base
         self.conditioning = Conditioning(
             width, classes=classes, vector_dim=vector_dim, embedding=embedding, time_input=time_input
         )
