@@ -633,7 +633,10 @@ def test_wrong_mlp_configurations(changes, unchecked):
 def test_numbers_of_numpy_are_sizes(integer, unchecked):
     """And nothing of them is left, so that a config can be saved; 4 * 64 is 0 in eight bits."""
     for kind, config in (
-        (UNet, {"channels": 1, "base": 64, "multipliers": [1, 1], "attention": [1], "blocks": 1, "classes": 2}),
+        (
+            UNet,
+            {"channels": 1, "base": 64, "multipliers": [1, 1], "attention": [1], "blocks": 1, "classes": 2},
+        ),
         (NoisyClassifier, {"channels": 1, "classes": 3, "base": 64, "multipliers": [1, 1], "attention": [1]}),
         (MLP, {"dim": 2, "hidden": 128, "layers": 1}),
     ):
