@@ -824,8 +824,35 @@ class Items:
         (Items(lambda i: "a picture"), TypeError, "found items that make no batch"),
         ([X.float(), LABELS], TypeError, r"found items that make no batch.*the tuple \(x, labels\)"),
         ({"x": X.float()}, TypeError, "dataset with a length above 0; found .*dict"),
+        (
+            (X.float(), {"text": {"tokens": LABELS}}),
+            TypeError,
+            "text: expected a tensor with one entry a sample, found dict",
+        ),
+        (
+            Items(lambda i: (X[i].float(), {"text": {"tokens": 1}})),
+            TypeError,
+            "text: expected a tensor with one entry a sample, found dict",
+        ),
+        ((X.float(), {"label": None}), TypeError, "label: expected a tensor .*, found NoneType"),
+        ((X.float(), 3), ValueError, f"label: expected {len(X)} entries, one for each sample, found one"),
     ],
-    ids=["uint8", "int64", "dicts", "three", "numbers", "nan", "objects", "text", "list", "dict"],
+    ids=[
+        "uint8",
+        "int64",
+        "dicts",
+        "three",
+        "numbers",
+        "nan",
+        "objects",
+        "text",
+        "list",
+        "dict",
+        "nested",
+        "nested items",
+        "none",
+        "one number",
+    ],
 )
 def test_items_that_do_not_fit_are_refused_before_any_step(data, error, message, unchecked):
     with pytest.raises(error, match=message):

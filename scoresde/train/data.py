@@ -92,7 +92,17 @@ def _split(batch: Any) -> tuple[Tensor, Condition]:
         raise ValueError(f"data: expected x, (x, labels) or (x, {{name: values}}), found {len(batch)} parts")
     x, second = [*batch, {}][:2]
     cond = second if isinstance(second, Mapping) else {"label": second}
-    return torch.as_tensor(x), {name: torch.as_tensor(value) for name, value in cond.items()}
+    return _tensor("data", x), {str(name): _tensor(name, value) for name, value in cond.items()}
+
+
+def _tensor(name: Any, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: expected a tensor with one entry a sample, found {type(values).__name__}; give the "
+            "parts of a nested condition names of their own"
+        ) from error
 
 
 def _checked_items(dataset: MapDataset) -> Condition:
@@ -129,6 +139,7 @@ def _checked(x: Tensor, cond: Condition) -> tuple[Tensor, Condition]:
             f"data: expected finite numbers, found {int((~x.isfinite()).sum())} NaN or infinite ones"
         )
     for name, value in cond.items():
-        if len(value) != len(x):
-            raise ValueError(f"{name}: expected {len(x)} entries, one for each sample, found {len(value)}")
+        found = len(value) if value.ndim else "one number"
+        if found != len(x):
+            raise ValueError(f"{name}: expected {len(x)} entries, one for each sample, found {found}")
     return x, cond
