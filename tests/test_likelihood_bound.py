@@ -444,12 +444,21 @@ def test_mass_of_cells_in_the_tails():
     mp.mp.dps = 60
     cells = [(-0.1, 0.2), (-1.0, 3.0), (5.0, 5.01), (-9.0, -8.9), (38.0, 40.0), (-40.0, 38.0), (0.0, 1e-6)]
     cells += [(-math.inf, 0.3), (2.0, math.inf), (-math.inf, -30.0), (30.0, math.inf), (-math.inf, math.inf)]
-    a, b = torch.tensor(cells, dtype=torch.float64).unbind(1)
+    middles = (0.0, 0.3, -1.7, 5.0, -37.0)
+    widths = (1e-30, 1e-12, 1e-7, 1e-3, 0.02, 0.0999, 0.1001)  # of which one is as wide as a series goes
+    narrow = [(m, w / max(1.0, abs(m))) for m in middles for w in widths if w > 1e-30 or not m]
+    cells += [(m - 0.5 * w, m + 0.5 * w) for m, w in narrow] + [(0.0, 1e-10), (7.0, 7.0 + 1e-9)]
+    a, b = torch.tensor(cells, dtype=torch.float64).requires_grad_().unbind(1)
     found = log_normal_mass(a, b)
     for value, (low, high) in zip(found.tolist(), cells, strict=True):
         low, high = (-high, -low) if low + high > 0 else (low, high)  # ncdf is exact to the left
         exact = mp.log(mp.ncdf(mp.mpf(high)) - mp.ncdf(mp.mpf(low)))
-        assert abs(value - float(exact)) < 1e-9 * max(1.0, abs(float(exact)))
+        assert abs(value - float(exact)) < 1e-12 * max(1.0, abs(float(exact)))
+    a, b = torch.tensor([c for c in cells if math.isfinite(sum(c))], dtype=torch.float64).unbind(1)
+    b.requires_grad_()  # d log(Phi(b) - Phi(a)) / db = phi(b)/(Phi(b) - Phi(a))
+    (gradient,) = torch.autograd.grad(log_normal_mass(a, b).sum(), b)
+    expected = (-0.5 * b.square() - log_normal_mass(a, b)).exp() / math.sqrt(2 * math.pi)
+    assert torch.allclose(gradient, expected.detach(), rtol=1e-9, atol=0)
 
 
 def test_discrete_decoder():
