@@ -134,8 +134,9 @@ def log_normal(sde: LinearSDE, u: Tensor, *, mean: float = -1.2, std: float = 1.
 
 def chain(sde: LinearSDE, u: Tensor, *, n: int = 1000) -> Tensor:
     """`t = i/n`, i uniform in 1..n: with `simple`, Algorithm 1 of Ho et al. (2020, arXiv:2006.11239) on the
-    n-step chain.
+    n-step chain. Raises ValueError for a process that is not on [0, 1].
     """
+    _check_unit_range(sde)
     return ((u * n).floor() + 1) / n
 
 
@@ -143,11 +144,20 @@ def in_proportion(sde: LinearSDE, u: Tensor, *, sizes: Tensor) -> Tensor:
     """`t = i/n`, i with probability `sizes[i - 1]/sum(sizes)`: importance sampling, for the loss `important`.
 
     sizes (n,) positive; the variance is least for the root mean square of the loss at each i (Nichol and
-    Dhariwal 2021, arXiv:2102.09672, eq. 18). Raises ValueError for other sizes.
+    Dhariwal 2021, arXiv:2102.09672, eq. 18). Raises ValueError for other sizes, and like `chain`.
     """
+    _check_unit_range(sde)
     shares = _shares(sizes)
     below = torch.searchsorted(shares.cumsum(0).to(u.device), u, right=True)
     return (below.clamp_max(len(shares) - 1) + 1).double() / len(shares)
+
+
+def _check_unit_range(sde: LinearSDE) -> None:
+    if (sde.t_min, sde.t_max) != (0, 1):
+        raise ValueError(
+            f"expected a process with times in [0, 1] for the times i/n of a chain, found {sde} on "
+            f"[{sde.t_min}, {sde.t_max}]; use losses.log_normal or losses.uniform"
+        )
 
 
 def _shares(sizes: Tensor) -> Tensor:

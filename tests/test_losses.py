@@ -386,6 +386,10 @@ def test_options_of_times_and_their_errors():
     )
     with pytest.raises(ValueError, match="finite range of log-SNR"):
         losses.uniform_log_snr(Rectified(), u)
+    for sde in (EDM(), EDM(0.002, 1.0)):
+        for times in (losses.chain, functools.partial(losses.in_proportion, sizes=torch.ones(9))):
+            with pytest.raises(ValueError, match=r"expected a process with times in \[0, 1\].*found EDM"):
+                times(sde, u)
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE(), EDM()], ids=repr)
