@@ -147,12 +147,14 @@ def mmd(x: Float[Tensor, "n ..."], y: Float[Tensor, "m ..."], *, bandwidth: floa
 
 def median_distance(x: Float[Tensor, "n ..."]) -> float:
     """The median of |x_i - x_j| over i < j: the usual bandwidth of `mmd`. Of more than 4096 samples, that of
-    4096 that lie evenly in the list."""
+    4096 drawn from them, always the same."""
     a, _ = _flat(x, x)
     if len(a) < 2:
         return 0.0
     if len(a) > ENOUGH:
-        a = a[torch.arange(ENOUGH, device=a.device) * len(a) // ENOUGH]
+        # Neither the first nor one in so many: lists are often sorted, or go through their classes in turn.
+        order = torch.randperm(len(a), generator=torch.Generator().manual_seed(0))
+        a = a[order[:ENOUGH].to(a.device)]
     distances = torch.pdist(a)
     # of an even number the mean of the two in the middle; torch.median takes the lower one
     middle = {(len(distances) + 1) // 2, len(distances) // 2 + 1}
@@ -188,7 +190,7 @@ def frechet(
     shift = (a.mean(0) - b.mean(0)).square().sum()
     one, other = ((z - z.mean(0)) / math.sqrt(len(z) - 1) for z in (a, b))  # z^T z is the covariance
     root = torch.linalg.svdvals(_triangle(one) @ _triangle(other).mT).sum()
-    return float(shift + one.square().sum() + other.square().sum() - 2 * root)
+    return float((shift + one.square().sum() + other.square().sum() - 2 * root).clamp_min(0))  # rounding
 
 
 def _triangle(z: Tensor) -> Tensor:
