@@ -24,7 +24,7 @@ from scoresde.select import (
     recommend,
     trials,
 )
-from scoresde.select.surrogate import _maximised, checked_batch
+from scoresde.select.surrogate import _maximised, _principal, checked_batch
 from scoresde.select.tables import maps, run_stack, stack
 from scoresde.solvers.base import Card, TableSolver
 from scoresde.tableau import Tableau
@@ -508,6 +508,17 @@ def test_images_and_their_laws():
     assert recommend(SDE, law, 5, "diversity", candidates=FEW_SDE[::9]).best.error > 0
 
 
+@pytest.mark.parametrize(("n", "dim"), [(90, 80), (70, 100), (20, 100)])
+def test_directions_of_the_largest_variances_are_those_of_an_svd(n, dim):
+    points = normal(n, dim, seed=5) * torch.logspace(0, -3, dim, dtype=torch.float64)
+    for repeated in (points, points[:3].repeat(n, 1)):  # and of data of lower rank than is asked for
+        centred = repeated - repeated.mean(0)
+        frame = _principal(centred, 10)
+        assert torch.allclose(frame @ frame.T, torch.eye(10, dtype=torch.float64), rtol=0, atol=1e-12)
+        known = torch.linalg.svdvals(centred)[:10].square().sum()
+        assert torch.allclose((centred @ frame.T).square().sum(), known, rtol=1e-12)
+
+
 # What does not fit
 
 
@@ -517,6 +528,9 @@ def test_images_and_their_laws():
         (TypeError, "expected an SDE", {"sde": "vp"}),
         (ValueError, "whole number of calls", {"calls": 0}),
         (ValueError, "whole number of calls", {"calls": 2.0}),
+        (ValueError, r"expected a seed, a whole number from -2\^63 to 2\^64 - 1", {"seed": 2**64}),
+        (ValueError, "expected a seed", {"seed": -(2**63) - 1}),
+        (ValueError, "expected a seed", {"seed": 1.5}),
         (ValueError, "whole number of noises", {"noises": 1}),
         (ValueError, "expected a need among", {"need": "speed"}),
         (TypeError, "expected a batch of data", {"data": [[1.0, 2.0]]}),

@@ -77,6 +77,8 @@ def recommend(
         raise ValueError(f"expected a whole number of calls >= 1, found {calls!r}")
     if isinstance(noises, bool) or not isinstance(noises, int) or noises < 2:
         raise ValueError(f"expected a whole number of noises >= 2, found {noises!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"expected a seed, a whole number from -2^63 to 2^64 - 1, found {seed!r}")
     if need not in NEEDS:
         raise ValueError(f"expected a need among {sorted(NEEDS)}, found {need!r}")
     if candidates is not None and not (candidates and all(isinstance(c, Candidate) for c in candidates)):
