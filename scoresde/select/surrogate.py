@@ -133,8 +133,8 @@ def _inside(points: Tensor) -> _Inside:
 
 
 def _principal(centred: Tensor, rank: int) -> Tensor:
-    """(rank, D) orthonormal directions of the largest variances, by the smaller matrix of inner products. What
-    squaring loses is less than 1e-15 of the variance, and it takes a third of the time of an SVD.
+    """(rank, D) orthonormal directions of the largest variances, by the smaller matrix of inner products.
+    What squaring loses is less than 1e-15 of the variance, and it takes a third of the time of an SVD.
     """
     n, D = centred.shape
     if n >= D:
