@@ -832,10 +832,14 @@ def test_errors(device, unchecked) -> None:
             guidance.classifier(PRIOR.denoiser(sde), classifier.log_prob(label))
     with pytest.raises(ValueError, match="label: expected classes 0 to 2, found 0 to 3"):
         classifier.log_prob(torch.tensor([0, 3, 0, 0]))(x, 0.3)
-    with pytest.raises(ValueError, match="label: expected classes 0 to 2, found -1 to 2"):
-        classifier.log_prob(torch.tensor([0, -1, 2, 0]))(x, 0.3)
+    with pytest.raises(ValueError, match="label: expected classes from 0 on, found -1"):
+        classifier.log_prob(torch.tensor([0, -1, 2, 0]))
+    calls = []
+    handle = classifier.register_forward_pre_hook(lambda *call: calls.append(call))
     with pytest.raises(ValueError, match="label: expected 4 labels, one a sample, found 2"):
         classifier.log_prob(torch.tensor([0, 1]))(x, 0.3)
+    handle.remove()
+    assert not calls
     with pytest.raises(ValueError, match="label: expected an integer"):
         classifier.log_prob(torch.tensor([0.5]))
     with pytest.raises(ValueError, match="time_input"):

@@ -385,6 +385,13 @@ def test_errors(unchecked) -> None:
             guidance.linear_inverse(plain, wrong, Y, R)
     with pytest.raises(ValueError, match="a column for each of the 3 numbers of a sample"):
         guidance.linear_inverse(plain, A[:, :2], Y, R)(x, t)
+    calls = []
+    handle = plain.register_forward_pre_hook(lambda *call: calls.append(call))
+    for guide in (guidance.linear_inverse, guidance.pigdm, guidance.dps):
+        with pytest.raises(ValueError, match="a column for each of the 3 numbers of a sample"):
+            guide(plain, A[:, :2], Y, R)(x, t)
+    handle.remove()
+    assert not calls  # what the shape of x tells is told before the network is called
     with pytest.raises(ValueError, match=r"y of shape \(5, \.\.\.\) or \(1, \.\.\.\)"):
         guidance.linear_inverse(plain, A, Y.expand(4, 2), R)(x, t)
     with pytest.raises(ValueError, match="like A x"):

@@ -198,17 +198,19 @@ class LabelLogProb(nn.Module):
             )
         # Read and sent to the device here, and not at every call; `ends` where it has been read before
         self.least, self.most = ends or (map(int, given.aminmax()) if given.numel() else (0, 0))
+        if self.least < 0:
+            raise ValueError(f"label: expected classes from 0 on, found {self.least}")
         device = next((p.device for p in classifier.parameters()), given.device)
         self.classifier = classifier
         self.register_buffer("label", given.to(device), persistent=False)
 
     def forward(self, x: Float[Tensor, "b ..."], t: Time) -> Float[Tensor, " b"]:
-        log_p = self.classifier(x, t)
         # a copy, for one made in inference mode could not be kept for backward
         label = self.label.to(x.device, copy=True)
         if label.ndim and len(label) != len(x):
             raise ValueError(f"label: expected {len(x)} labels, one a sample, found {len(label)}")
-        if not 0 <= self.least <= self.most < log_p.shape[1]:
+        log_p = self.classifier(x, t)
+        if not self.most < log_p.shape[1]:
             raise ValueError(
                 f"label: expected classes 0 to {log_p.shape[1] - 1}, found {self.least} to {self.most}"
             )

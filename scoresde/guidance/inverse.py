@@ -203,6 +203,8 @@ class Observed(Guided):
             raise ValueError(
                 f"expected y of shape ({len(x)}, ...) or (1, ...) like A x, found {tuple(self.y.shape)}"
             )
+        if isinstance(self.A, Matrix):
+            self.A.check(x)
         gain = like(shift(DATA, self.scale, self.sde, t), x)
         seen, pull, D = pullback(lambda x: self._seen(x, t, cond), x)
         if seen.shape[1:] != self.y.shape[1:]:
@@ -230,13 +232,16 @@ class Matrix:
     matrix: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        flat = x.flatten(1)
-        if flat.shape[1] != self.matrix.shape[1]:
+        return x.flatten(1) @ self.matrix.to(x).mT
+
+    def check(self, x: Tensor) -> None:
+        """ValueError unless there is a column for each number of a sample."""
+        numbers = math.prod(x.shape[1:])
+        if numbers != self.matrix.shape[1]:
             raise ValueError(
-                f"expected A with a column for each of the {flat.shape[1]} numbers of a sample, found shape "
+                f"expected A with a column for each of the {numbers} numbers of a sample, found shape "
                 f"{tuple(self.matrix.shape)}"
             )
-        return flat @ self.matrix.to(x).mT
 
 
 def conjugate_residuals(apply: Pull, b: Tensor, iterations: int) -> Tensor:
