@@ -502,3 +502,12 @@ def test_only_a_denoiser_is_saved(tmp_path, unchecked):
         ):
             checkpoint.save(tmp_path / "a", model, ema=wrong)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_are_stored_in_a_floating_dtype(tmp_path, dtype):
+    """Those of a small network would all be 0 as integers, without a word."""
+    model = Denoiser(networks.MLP(2, 8, 1), VPSDE())
+    with pytest.raises(CheckpointError, match="expected a floating dtype to store weights in, found torch"):
+        checkpoint.save(tmp_path / "a", model, dtype=dtype)
+    assert not list(tmp_path.iterdir())

@@ -71,6 +71,8 @@ def save(
                 f"expected a Denoiser to save, found {type(one).__name__}; save the Denoiser that it is made "
                 "of, or the parameters of another module by safetensors"
             )
+    if not (dtype is None or dtype.is_floating_point):
+        raise CheckpointError(f"expected a floating dtype to store weights in, found {dtype}")
     if dtype is not None and training is not None:
         raise CheckpointError(
             f"expected exact weights in a file to resume from, found dtype={dtype}; save the small file by "
