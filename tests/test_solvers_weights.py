@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from protocol import VP
+from work import Work
 
 from scoresde import solvers
 from scoresde.sde import EDM, VPSDE, LinearSDE, Rectified
-from scoresde.solvers.weights import step_weights
+from scoresde.solvers.weights import lagrange, step_weights
 
 # Run-time type checks cost more than the solvers here; test_sampling.py runs every solver with them.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -268,3 +269,16 @@ def test_what_needs_a_signal_says_so() -> None:
     for solver in (solvers.dpm(2), solvers.heun(), solvers.deis(2)):
         with pytest.raises(ValueError, match=r"remembers noise, found alpha = 0 at t = 1\.0; remember data"):
             solver.tableau(Rectified(), torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64))
+
+
+def test_the_lagrange_basis_takes_operations_in_proportion_to_its_nodes():
+    """One factor for all of them at a time; one by one they would be quadratic in the nodes."""
+    taken = []
+    for count in (4, 8):
+        nodes, u = torch.rand(2, 3, count, dtype=torch.float64).sort().values
+        with Work() as work:
+            basis = lagrange(u, nodes)
+        assert basis.shape == (3, count, count)
+        assert torch.allclose(lagrange(nodes, nodes), torch.eye(count, dtype=torch.float64), atol=1e-12)
+        taken.append(work.operations)
+    assert taken[1] <= 2 * taken[0]

@@ -108,12 +108,14 @@ def _legendre_tail(n: int, x: np.ndarray) -> np.ndarray:
 
 def lagrange(u: Tensor, nodes: Tensor) -> Tensor:
     """(N, P, Q) Lagrange basis on `nodes` (N, P) at the points `u` (N, Q)."""
-    columns = []
-    for j in range(nodes.shape[1]):
-        others = [i for i in range(nodes.shape[1]) if i != j]
-        factors = [(u - nodes[:, i, None]) / (nodes[:, j] - nodes[:, i])[:, None] for i in others]
-        columns.append(torch.stack(factors).prod(0) if factors else torch.ones_like(u))
-    return torch.stack(columns, 1)
+    basis = u.new_ones(*nodes.shape, u.shape[1])
+    for i, node in enumerate(nodes.unbind(1)):
+        gap = nodes - node[:, None]
+        gap[:, i] = 1
+        factor = (u - node[:, None])[:, None] / gap[:, :, None]
+        factor[:, i] = 1
+        basis *= factor
+    return basis
 
 
 class Moments(NamedTuple):
