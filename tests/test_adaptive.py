@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from work import Work
 
 from benchmarks.hostile import HOSTILE, column, nan
 from benchmarks.problems import problem
@@ -175,6 +176,17 @@ def test_integrals_are_exact_for_every_polynomial_of_the_nodes(nodes, used, stop
         exact = (limits[1] ** (power + 1) - limits[0] ** (power + 1)) / (power + 1)
         tolerance = 1e-12 * float(weights.abs().sum())
         assert torch.allclose((weights * u**power).sum(1), exact, rtol=0, atol=tolerance)
+
+
+def test_integrals_make_one_large_tensor_a_node():
+    """Of the (P, 4, n) numbers of the basis in the making; the samples, the long axis, are next to each other
+    in memory."""
+    nodes = torch.rand(100, 7, dtype=F64).sort(descending=True).values
+    used = torch.ones_like(nodes, dtype=torch.bool)
+    with Work() as work:
+        weights = integrals(nodes, used, nodes[:, 1], nodes[:, 0])
+    assert work.large(4 * nodes.numel()) <= nodes.shape[1] + 2
+    assert weights.shape == nodes.shape and weights.stride()[0] == 1
 
 
 @every_sde
