@@ -139,7 +139,8 @@ def mmd(x: Float[Tensor, "n ..."], y: Float[Tensor, "m ..."], *, bandwidth: floa
         raise ValueError(f"expected a bandwidth > 0 and finite, found {scale}; give another one")
 
     def total(u: Tensor, v: Tensor) -> float:
-        return float(sum((-0.5 * (_distances(part, v) / scale) ** 2).exp().sum() for part in _parts(u, v)))
+        blocks = (_distances(part, v).div_(scale).square_().mul_(-0.5).exp_() for part in _parts(u, v))
+        return float(sum(block.sum() for block in blocks))
 
     within = sum((total(z, z) - len(z)) / (len(z) * (len(z) - 1)) for z in (a, b))
     return within - 2 * total(a, b) / (len(a) * len(b))

@@ -185,7 +185,7 @@ def test_integrals_make_one_large_tensor_a_node():
     used = torch.ones_like(nodes, dtype=torch.bool)
     with Work() as work:
         weights = integrals(nodes, used, nodes[:, 1], nodes[:, 0])
-    assert work.large(4 * nodes.numel()) <= nodes.shape[1] + 2
+    assert work.large(4 * nodes.nbytes) <= nodes.shape[1] + 2
     assert weights.shape == nodes.shape and weights.stride()[0] == 1
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from work import Work
 
 from scoresde import metrics
 from scoresde.laws import Empirical, Gaussian, Mixture
@@ -223,6 +224,13 @@ def test_the_median_distance_is_numpys():
     assert median_distance(torch.arange(n).float()) == np.median(d)
     assert median_distance(torch.arange(2 * n).float()) == pytest.approx(2 * np.median(d), rel=0.03)
     assert median_distance(torch.arange(2 * n).float() % 4) == 1  # of four classes in turn, not two of them
+
+
+def test_mmd_makes_one_tensor_of_each_set_of_pairs():
+    x, y = normal(200, 2), normal(200, 2, seed=1)
+    with Work() as work:
+        mmd(x, y, bandwidth=1.0)
+    assert work.large(8 * 200 * 200) == 3
 
 
 def test_mmd_is_unbiased():

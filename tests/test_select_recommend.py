@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from work import Work
 
 from scoresde import EDM, VPSDE, Rectified, decode, encode, grids, likelihood, sample, solvers
 from scoresde.laws import Gaussian, Mixture
@@ -596,3 +597,11 @@ def test_what_the_benchmark_found():
     assert sum(row["mixture"]["spearman"] for row in rows) / len(rows) >= 0.9
     assert float(ratios.median()) <= 1.25
     assert float(ratios.quantile(0.9)) <= 2.0
+
+
+def test_only_the_samples_that_a_surrogate_looks_at_are_made_float64():
+    data = torch.randn(20000, 5)
+    with Work() as work:
+        points = checked_batch(data)
+    assert points.shape == (4096, 5) and points.dtype == torch.float64
+    assert max(work.made) <= data.nbytes

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Work(TorchDispatchMode):
-    """Counts the operations on tensors, and keeps the numbers of elements of the tensors that they make."""
+    """Counts the operations on tensors, and keeps the sizes, in bytes, of the tensors that they make."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,13 +21,11 @@ class Work(TorchDispatchMode):
         given = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         self.operations += 1
-        self.made += [
-            t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and storage(t) not in given
-        ]
+        self.made += [t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor) and storage(t) not in given]
         return out
 
     def large(self, least: int) -> int:
-        """How many tensors of at least so many elements were made."""
+        """How many tensors of at least so many bytes were made."""
         return sum(n >= least for n in self.made)
 
 

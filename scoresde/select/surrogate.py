@@ -97,10 +97,9 @@ def checked_batch(data: Any) -> Tensor:
         raise ValueError(
             f"expected a batch of data (n, ...) with at least 8 samples, found shape {tuple(data.shape)}"
         )
-    points = data.detach().double().cpu().flatten(1)
-    if not bool(points.isfinite().all()):
+    if not bool(data.isfinite().all()):
         raise ValueError("expected finite data, found NaN or infinity")
-    points = _drawn(points, SAMPLES)
+    points = _drawn(data.detach(), SAMPLES).double().cpu().flatten(1)
     if not bool((points != points[0]).any()):
         raise ValueError("expected data that differ, found copies of one sample")
     return points
