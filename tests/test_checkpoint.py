@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
+from work import Work
 
 from benchmarks.damage import (
     HOSTILE,
@@ -27,6 +29,7 @@ from benchmarks.damage import (
 )
 from scoresde import checkpoint, guidance, networks
 from scoresde.checkpoint import CheckpointError
+from scoresde.checkpoint.files import serialize
 from scoresde.denoiser import Denoiser, Karras
 from scoresde.networks import UNet
 from scoresde.schedules import Cosine, Learned, Linear, Sigmoid, Tabulated
@@ -226,6 +229,16 @@ def test_a_network_of_the_users_own_is_given_at_loading(tmp_path):
     assert all(torch.equal(before[k], v) for k, v in wide.state_dict().items())
     with pytest.raises(CheckpointError, match=r"missing bias, weight, not expected count, linear.bias"):
         checkpoint.load(tmp_path / "a", network=nn.Linear(3, 3))
+
+
+def test_only_tied_and_strided_weights_are_copied_to_be_saved():
+    plain, table = torch.rand(64, 64), torch.rand(8, 4)
+    tensors = {"plain": plain, "tied": plain[2:4], "strided": table.T}
+    with Work() as work:
+        content = serialize(tensors, {})
+    assert sorted(size for size in work.made if size) == [table.nbytes, plain[2:4].nbytes]
+    loaded = safetensors.torch.load(content)
+    assert all(torch.equal(loaded[key], value) for key, value in tensors.items())
 
 
 def test_a_class_that_only_has_the_name_of_ours_is_not_ours(tmp_path):

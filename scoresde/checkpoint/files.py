@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 try:
@@ -36,10 +35,7 @@ class CheckpointError(ValueError):
 
 
 def serialize(tensors: Tensors, description: dict[str, Any]) -> bytes:
-    # Clones: safetensors takes neither tied nor strided tensors.
-    owned = {
-        k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()
-    }
+    owned = _apart(tensors)
     try:
         text = json.dumps(description, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -47,6 +43,18 @@ def serialize(tensors: Tensors, description: dict[str, Any]) -> bytes:
             f"expected metadata that JSON can hold, found {description}: {error}"
         ) from error
     return safetensors.torch.save(owned, {"scoresde": text, "sha256": UNSIGNED})
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """On the host, copied only if strided or in the memory of one before: safetensors takes neither strided
+    nor tied tensors."""
+    apart, taken = {}, set()
+    for key, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        apart[key] = own.clone() if place in taken else own
+        taken.add(place)
+    return apart
 
 
 def write(path: Path, content: bytes) -> None:
