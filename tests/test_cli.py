@@ -444,7 +444,13 @@ def test_wrong_words_end_with_code_2(capsys: pytest.CaptureFixture[str]):
     assert exit.value.code == 2 and "Traceback" not in capsys.readouterr().err
 
 
-def test_threads_are_put_back():
+def test_threads_are_tried_out_for_what_calculates_and_put_back(monkeypatch, capsys):
+    tried = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("scoresde.cli.common._convolution_seconds", lambda n: tried.append(n) or 1 / n)
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert cli.main(["solvers"]) == 0 and not tried
     before = torch.get_num_threads()
-    assert cli.main(["solvers"]) == 0
+    assert cli.main(["sample", "no.such.file"]) == 2 and tried
     assert torch.get_num_threads() == before

@@ -21,15 +21,12 @@ __all__ = ["main", "parse_solver"]
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command with the given arguments (default: those of the process); the exit code."""
     commands: dict[str, Callable[..., None]] = {
-        **{f.__name__: f for f in (quickstart, train, sample, compare, recommend, tune)},
+        **{f.__name__: best_threads()(f) for f in (quickstart, train, sample, compare, recommend, tune)},
         "solvers": list_solvers,
     }
     description = "Score-based generative models around one VP-SDE. Begin with: scoresde quickstart"
     try:
-        with best_threads():
-            tyro.extras.subcommand_cli_from_dict(
-                commands, prog="scoresde", description=description, args=args
-            )
+        tyro.extras.subcommand_cli_from_dict(commands, prog="scoresde", description=description, args=args)
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         print(f"scoresde: {error}", file=sys.stderr)
         return 2
