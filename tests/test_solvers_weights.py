@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from protocol import VP
 from work import Work
 
-from scoresde import solvers
+from scoresde import grids, solvers
 from scoresde.sde import EDM, VPSDE, LinearSDE, Rectified
+from scoresde.solvers.exponential import er_noise_level
 from scoresde.solvers.weights import lagrange, step_weights
 
 # Run-time type checks cost more than the solvers here; test_sampling.py runs every solver with them.
@@ -114,11 +115,6 @@ def test_step_weights_to_rounding(stored: str, h: float) -> None:
             expected = oracle_weights(sde, lam[0], lam[1], [lam[i] for i in chosen], stored, variable, tau)
             # other variables than lam are functions of t, whose lam is a rounding away
             accuracy = 1e-13 * max(1, h / 3) + (1e-15 / h if variable != "lam" else 0)
-            if stored in (
-                "velocity",
-                "flow",
-            ):  # their rate has poles at a distance of pi/2 (pi) from the real line
-                accuracy = max(accuracy, {10.0: 1e-6, 30.0: 5e-3}.get(h, 0))
             assert A.item() == pytest.approx(expected[0], rel=accuracy)
             size = max(map(abs, expected[1]))
             assert b[0].tolist() == pytest.approx(expected[1], rel=0, abs=accuracy * size), (
@@ -140,15 +136,51 @@ def test_small_steps_at_small_noise_or_signal_keep_their_digits(variable: str, b
     assert b[0].tolist() == pytest.approx(expected, rel=2e-12, abs=0)
 
 
+@pytest.mark.parametrize("stored", ["data", "noise", "velocity", "flow"])
+@pytest.mark.parametrize("tau", [3.0, 30.0, 1000.0, lambda lam: 3 * er_noise_level(lam)])
+def test_a_long_step_of_strong_noise_is_many_short_ones(stored: str, tau) -> None:
+    """With a constant output: what 2,000 steps on one panel each do one after the other."""
+    lam = torch.linspace(-5, 5, 2001, dtype=torch.float64)
+    if tau == 1000.0:  # finer towards the end, where the propagator falls
+        lam = 5 - 10 * (1 - torch.linspace(0, 1, 2001, dtype=torch.float64)) ** 4
+    t = VP.time(2 * lam)
+    A, b, C = step_weights(VP, t[:-1], t[1:], t[:-1, None], stored=stored, tau=tau)
+    one = step_weights(VP, t[:1], t[-1:], t[:1, None], stored=stored, tau=tau)
+    later = torch.cat([A.flip(0).cumprod(0).flip(0)[1:], torch.ones(1, dtype=torch.float64)])
+    assert one[0].item() == pytest.approx(float(A.prod()), rel=1e-11, abs=1e-300)
+    assert one[1].item() == pytest.approx(float((later * b[:, 0]).sum()), rel=1e-11)
+    assert one[2].item() == pytest.approx(float((later * C).norm()), rel=1e-11)
+
+
+def test_a_step_has_the_weights_that_it_has_alone() -> None:
+    """Short and long steps, and those of weak and strong noise, in one call."""
+    t = VP.time(2 * torch.tensor([-4.5, -4.4, -1.0, 3.0, 3.01], dtype=torch.float64))
+    tau = torch.tensor([0.5, 0.5, 30.0, 1000.0], dtype=torch.float64)
+    together = step_weights(VP, t[:-1], t[1:], t[:-1, None], tau=tau)
+    for i in range(4):
+        alone = step_weights(VP, t[i : i + 1], t[i + 1 : i + 2], t[i : i + 1, None], tau=tau[i : i + 1])
+        for a, b in zip(together, alone, strict=True):
+            assert torch.allclose(a[i], b[0], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("eta", [100.0, 400.0, 1e6])
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_strong_noise_keeps_the_law_of_a_point_mass(eta: float, steps: int) -> None:
+    sde = VPSDE()
+    table = solvers.sde_dpmpp(1, eta=eta).tableau(sde, grids.log_snr(sde, steps))
+    assert float(table.defect(sde).abs().max()) < 1e-12
+
+
 @pytest.mark.oracle
 def test_step_weights_in_closed_form() -> None:
     """Order 1 and 2, data and noise: alpha_t (1 - e^(-a h)) and its next moment; sigma_t (e^h - 1)."""
-    for h in (1e-4, 1e-2, 0.5, 5.0):
-        (t, lam) = at_lam(WIDE, [0.3, 0.3 + h, 0.3 - h])
+    for h in (1e-4, 1e-2, 0.5, 5.0, 60.0):
+        base = 0.3 - 0.45 * h
+        (t, lam) = at_lam(WIDE, [base, base + h, base - h])
         with mp.workdps(40):
             step, back = mp.mpf(lam[1]) - mp.mpf(lam[0]), mp.mpf(lam[0]) - mp.mpf(lam[2])
             sigma_t = mp.exp(-mp.mpf(lam[1]))
-            for tau in (0.0, 1.0, 0.3):
+            for tau in (0.0, 1.0, 0.3, 10.0, 1000.0):
                 a = 1 + mp.mpf(tau) ** 2
                 A, b, C = step_weights(WIDE, t[:1], t[1:2], t[[0, 2]][None], tau=tau)
                 zeroth, first = -mp.expm1(-a * step), step + mp.expm1(-a * step) / a
