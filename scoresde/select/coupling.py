@@ -35,8 +35,9 @@ FORGOTTEN = 3.0  # what a row adds to log c when next to nothing of the noise be
 
 
 class Distances(NamedTuple):
-    """Squared sliced 2-Wasserstein distances per coordinate (T,), without bias, so that chance may make them
-    negative; and their standard errors."""
+    """Squared sliced 2-Wasserstein distances per coordinate (T,), free of what chance adds, which may make
+    them negative, and their standard errors, given the directions. Quantiles of groups differ less than those
+    of laws: on Gaussians groups of 8, 50 and 400 samples give some 25, 5 and 1 % too little."""
 
     squares: Tensor
     errors: Tensor
