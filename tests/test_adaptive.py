@@ -446,10 +446,37 @@ def test_dense_output_is_nan_where_a_sample_did_not_get():
 def test_dense_output_at_the_start_needs_no_step():
     x, model = normals(3, 2), diagonal(2).denoiser(VP)
     drawn = adaptive_ode(at=(1e-3, 0.0)).solve(model, x, ends(VP, 1e-3, 0.0))
-    assert drawn.status == OK and drawn.network_calls == 2
+    assert drawn.status == OK and drawn.network_calls == 1
     assert torch.equal(drawn.path[0], x) and torch.equal(drawn.path[1], drawn.x)
     drawn = adaptive_ode(max_calls=1, at=(1.0,)).solve(model, x, ends(VP))
     assert drawn.status == EXHAUSTED and torch.equal(drawn.path[0], x)
+
+
+@either
+@pytest.mark.parametrize("start", [1e-3, 4e-4])
+def test_from_the_last_stop_to_data_takes_one_call(solver, start):
+    """Nothing is left to integrate, and a limit of one call is kept."""
+    x, model = normals(3, 2), diagonal(2).denoiser(VP)
+    noise = Noise.of(0, batch=3, dtype=F64)
+    drawn = limited(solver, 1).solve(model, x, ends(VP, start, 0.0), noise=noise)
+    assert drawn.status == OK and drawn.network_calls == 1 and drawn.evaluations.tolist() == [1, 1, 1]
+    assert torch.equal(drawn.x, model(x, torch.full((3,), start, dtype=F64)))
+
+
+def test_a_rejected_step_adds_no_output(monkeypatch):
+    """Counted among the known ones, it would let an order use the copies that fill up the history."""
+    found, attempt = [], AdaptiveODE._attempt
+
+    def watched(self, ledger, flow, end, dense, state):
+        after = attempt(self, ledger, flow, end, dense, state)
+        found.append((int(after.known - state.known), bool(after.s != state.s)))
+        return after
+
+    monkeypatch.setattr(AdaptiveODE, "_attempt", watched)
+    module = sys.modules[AdaptiveODE.__module__]
+    monkeypatch.setattr(module, "START", 1000.0)  # far too long
+    adaptive_ode(1e-6, 1e-6).solve(diagonal(2).denoiser(VP), normals(1, 2), ends(VP))
+    assert not found[0][1] and all(added == moved for added, moved in found)
 
 
 def test_dense_output_costs_what_lies_in_a_step(monkeypatch):

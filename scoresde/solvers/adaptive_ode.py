@@ -200,7 +200,7 @@ class AdaptiveODE:
         reserved: int,
     ) -> list[Any]:
         """Fill `ledger` and `dense` with at most max_calls - reserved calls; what the callback returned."""
-        if not len(ledger.active):
+        if not len(ledger.active) or ends[0] == ends[1]:
             return []
         flow, end = Flow(ledger.model.sde), torch.tensor(ends[1], dtype=torch.float64, device=x.device)
         goal, limit = flow.log_u(end), self.control.max_calls - reserved

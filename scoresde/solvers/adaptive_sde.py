@@ -116,7 +116,7 @@ class AdaptiveSDE:
         path = []
         with evaluating(model):
             ledger = Ledger(model, x)
-            if len(ledger.active):
+            if len(ledger.active) and first > stop:
                 t = torch.full((len(x),), first, dtype=torch.float64, device=x.device)
                 state = SDEState.begin(t, 0.5 * sde.log_snr(t), x, ledger.evaluate(DATA, x, t))
                 goal, limit = 0.5 * sde.log_snr(end), self.control.max_calls - noiseless
