@@ -172,8 +172,8 @@ def make_grid(
 
 
 def default_grid(sde: LinearSDE, steps: int, end: float | None = None) -> Grid:
-    """Karras' spacing where t is the noise level itself (EDM, VE), else quadratic in t."""
-    return (grids.quadratic if sde.t_max == 1 and sde.prior_std == 1 else grids.karras)(sde, steps, end)
+    """Karras' spacing where noise is added to a signal that is kept (EDM, VE), else quadratic in t."""
+    return (grids.karras if sde.alpha(sde.t_max) == 1 else grids.quadratic)(sde, steps, end)
 
 
 def _check_parts(

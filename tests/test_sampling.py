@@ -296,6 +296,12 @@ def test_what_grid_is_used(sde: LinearSDE) -> None:
         assert last.end == 0 and torch.equal(draw(model, grid=expected(sde, 5, 0.0)).x, last.x)
 
 
+@pytest.mark.parametrize("sde", [EDM(0.002, 1.0), VESDE(0.01, 1.0)], ids=repr)
+def test_the_default_grid_does_not_follow_from_the_largest_noise(sde: LinearSDE) -> None:
+    """A largest noise level of 1 is not that of a process which gives up its signal for it."""
+    assert torch.equal(default_grid(sde, 9).t, grids.karras(sde, 9).t)
+
+
 def test_the_prior_and_the_end() -> None:
     """The state starts as prior_std times the noise's own prior, and finishes with the denoised data at
     end=0.
