@@ -429,8 +429,10 @@ class BrownianPath:
         if values.device.type == "cpu" and not inside.all():
             outside = values[~inside].flatten()[0].item()
             raise ValueError(f"expected clock values in [{self.start}, {self.stop}], found {outside}")
-        u = (values - self.start) / (self.stop - self.start)
-        return torch.where(inside, u, math.nan).reshape(-1).to(self.source.device)
+        u = torch.where(inside, (values - self.start) / (self.stop - self.start), math.nan).reshape(-1)
+        if u.device.type == "cpu" and len(u) == 1:  # filled in: a copy from the host waits for the device
+            return torch.full((1,), u.item(), dtype=u.dtype, device=self.source.device)
+        return u.to(self.source.device)
 
     def _nodes(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (int64) and weights of the normals that W is a sum of, both (depth + 2, 1 or B)."""

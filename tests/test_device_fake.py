@@ -42,7 +42,7 @@ from scoresde import (
     schedules,
     solvers,
 )
-from scoresde.noise import Noise
+from scoresde.noise import BrownianPath, Noise
 
 HOST, THERE = torch.device("cpu"), torch.device("meta")
 F64 = torch.float64
@@ -275,6 +275,16 @@ def test_steps_are_silent(name: str) -> None:
 @pytest.mark.parametrize("solver", BY_THE_HOST, ids=repr)
 def test_what_the_host_decides_is_the_same(solver: Any) -> None:
     compared(solved(solver), 2, 2, 1e-7)
+
+
+def test_steps_on_a_path_are_silent() -> None:
+    def run(place: torch.device, steps: int) -> Tensor:
+        model, noise = LAW.denoiser(VP).to(place), Noise.of(3, batch=4, device=place, dtype=F64)
+        times = grids.log_snr(VP, steps)
+        path = BrownianPath(noise, (4, 3), float(times.lam[0]), float(times.lam[-1]))
+        return solvers.ddpm().solve(model, noise.prior((4, 3)), times, noise=path.noise(times.lam)).x
+
+    assert_silent(run)
 
 
 # ---- what a network is in
