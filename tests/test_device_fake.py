@@ -287,6 +287,17 @@ def test_steps_on_a_path_are_silent() -> None:
     assert_silent(run)
 
 
+@pytest.mark.parametrize("step", [0.05, torch.linspace(0.01, 0.05, 4)], ids=["one", "each"])
+def test_chains_are_silent(step: float | Tensor) -> None:
+    def run(place: torch.device, steps: int) -> list[Tensor]:
+        model, noise = LAW.denoiser(VP).to(place), Noise.of(3, batch=4, device=place, dtype=F64)
+        x = noise.prior((4, 3))
+        chains = solvers.langevin, solvers.mala
+        return [chain(model, x, 0.1, step=step, steps=steps, noise=noise).x for chain in chains]
+
+    assert_silent(run)
+
+
 # ---- what a network is in
 
 

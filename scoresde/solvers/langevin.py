@@ -339,7 +339,7 @@ def mala(
             back = (
                 x - proposal - like(eps, x) * new_score
             )  # log q = -||back||^2/(4 step); forth it is -||z||^2/2
-            ratio = new_density - density - square_norm(back) / (4 * eps.to(x.device)) + square_norm(z) / 2
+            ratio = new_density - density - square_norm(back) / (4 * eps) + square_norm(z) / 2
             # log of a uniform variable, from a normal one; a ratio that is NaN rejects
             chance = torch.special.log_ndtr(noise(2 * k + 1, (len(x), 1)).double()[:, 0])
             yes = chance < ratio
@@ -369,7 +369,7 @@ def _clock(t: float, x: Tensor) -> Tensor:
 def _checked(
     model: BaseDenoiser, x: Tensor, t: float, step: float | Tensor, steps: int, noise: NoiseSource
 ) -> Tensor:
-    """The step as a float64 tensor of shape () or (B,), after checking the arguments."""
+    """The step as a float64 tensor of shape () or (B,) beside x, after checking the arguments."""
     try:
         eps = torch.as_tensor(step, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -387,4 +387,4 @@ def _checked(
             f"expected a noise source, a function of (row, shape) such as Noise.of(0, batch={len(x)}), found "
             f"{noise!r}"
         )
-    return eps
+    return eps.to(x.device)
