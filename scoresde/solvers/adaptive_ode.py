@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,13 @@ START = 0.1  # first step, as a part of one at which Euler's rule would meet the
 EAGER, SMOOTH = 5.0, 1.5  # growth of a step while the order rises, and after
 SAFETY = 0.65  # smaller than for one-step methods: a rejected step is a call lost, and errors are uneven
 
-GAUSS = tuple(torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(4))  # exact to degree 7
+
+@lru_cache
+def gauss(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Points and weights, exact to degree 7, sent once: a step that sent them would wait for the device."""
+    with torch.inference_mode(False):
+        points, weights = (torch.from_numpy(v).to(device) for v in np.polynomial.legendre.leggauss(4))
+    return points, weights
 
 
 class Flow(NamedTuple):
@@ -57,7 +63,7 @@ def integrals(
     """(n, P) weights w with `int_start^stop p(u) du = sum_j w_j p(u_j)` for polynomials p, u_j being those
     of the nodes (n, P) that are `used`; exact up to the degree that they determine, P <= 8. With a kernel
     K(u), smooth over a step, the integral is that of p(u) K(u)."""
-    points, weights = (v.to(nodes)[:, None] for v in GAUSS)
+    points, weights = (v[:, None] for v in gauss(nodes.device))
     middle, half = (start + stop) / 2, (stop - start) / 2
     # Samples come last: loops over an axis of 4 points are several times as slow.
     nodes, used = nodes.mT.contiguous(), used.mT.contiguous()
