@@ -200,9 +200,8 @@ def in_diffusers(
     **config: Any,
 ) -> Run:
     step = {"eta": config.pop("eta")} if "eta" in config else {}
-    scheduler = peers.diffusers_scheduler(
-        name, alpha.float().to(x.device), sigma.float().to(x.device), **config
-    )
+    # tables on the host, where diffusers keeps them: on a GPU each of its scalar operations would be a kernel
+    scheduler = peers.diffusers_scheduler(name, alpha.float(), sigma.float(), **config)
     module, times = sys.modules[type(scheduler).__module__], table.times[:-1].to(x)
     rest = {
         key: value

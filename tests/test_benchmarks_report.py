@@ -6,15 +6,18 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from scoresde import VPSDE, grids, solvers
 
 main = pytest.importorskip(
     "benchmarks.__main__", reason="run from the root of the repository, with `python -m pytest`"
 )
 
-from benchmarks import accuracy, guidance, sampling_speed, training_speed, tuning  # noqa: E402
+from benchmarks import accuracy, guidance, overhead, sampling_speed, training_speed, tuning  # noqa: E402
 from benchmarks.__main__ import OUT, Part  # noqa: E402
 from benchmarks.overhead import Case  # noqa: E402
 
@@ -182,3 +185,18 @@ def test_the_table_of_training():
     }
     table = training_speed.report([row], "cpu")
     assert "| 4x1x8x8 | no | 2.0 | 1.0 |  | 2000 | 0.50 |  | 10 |  |  |" in table
+
+
+def test_diffusers_keeps_its_tables_on_the_host(monkeypatch):
+    given = []
+
+    def scheduler(name, *tables, **config):
+        given.extend(tables)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(overhead.peers, "diffusers_scheduler", scheduler)
+    sde, x = VPSDE(), torch.empty(1, 2, device="meta")
+    table = solvers.ddim().tableau(sde, grids.log_snr(sde, 3))
+    alpha, sigma = sde.alpha(table.times), sde.sigma(table.times)
+    overhead.in_diffusers("DDIMScheduler", table, alpha, sigma, torch.nn.Identity(), x, x)
+    assert [(one.device.type, len(one)) for one in given] == [("cpu", 4), ("cpu", 4)]
