@@ -66,7 +66,8 @@ def _made(node: ast.AST, kind: Kind, wrong: ValueError) -> Any:
     try:
         return maker(*values, **options)
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{error}; expected {name}{inspect.signature(maker)}") from error
+        what = str(error).splitlines()[0]
+        raise ValueError(f"{what}; expected {name}{inspect.signature(maker)}") from error
 
 
 def _value(node: ast.expr, kind: Kind, wrong: ValueError) -> Any:
