@@ -23,9 +23,10 @@ others     The error is the sliced 2-Wasserstein distance over random directions
            runs in 61 coordinates, as in `benchmarks.accuracy`.
 
 Of the committed rows of mixtures those of the subspace with 30 and 50 calls and of the ring with 50 calls
-(of 8 times as many samples in every stage) are measured so. The others are from before: the distance of samples from the expected order statistics of the law, in the square less what true
-samples have, of 32768 samples (64 dimensions; on the ring with all images, with 20 and 30 calls 8 times as
-many; on the subspace 8 times, with 20 calls 32 times as many); the floor is half of what true samples have.
+(of 8 times as many samples in every stage) are measured so. The others are from before: the distance of
+samples from the expected order statistics of the law, in the square less what true samples have, of 32768
+samples (64 dimensions; on the ring with all images, with 20 and 30 calls 8 times as many; on the subspace 8
+times, with 20 calls 32 times as many); the floor is half of what true samples have.
 
 The public libraries need the environment of benchmarks/peers.txt; without it torchsde alone is theirs, and
 ratios tell little.
@@ -251,8 +252,8 @@ LEGEND = (
     "Cells: 2-Wasserstein distance of the output's exact law, over the root of the dimension (gaussian), or "
     "sliced 2-Wasserstein distance (others), and the least that its samples tell (the floor: three "
     "standard errors of the square, or half of what true samples have in rows from before, which the head "
-    "of benchmarks/accuracy_sde.py names). Ratios: of errors, each at least its floor; '<=': what is divided is "
-    "less; 'at the floor': both are."
+    "of benchmarks/accuracy_sde.py names). Ratios: of errors, each at least its floor; '<=': what is divided "
+    "is less; 'at the floor': both are."
 )
 
 
