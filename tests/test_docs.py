@@ -83,6 +83,7 @@ def test_a_note_belongs_to_the_block_below_it():
 
 @pytest.mark.parametrize(("line", "code"), README)
 def test_readme(line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")  # where the README's network is
     monkeypatch.chdir(tmp_path)
     run_block(line, code)
 
