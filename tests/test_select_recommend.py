@@ -25,8 +25,10 @@ from scoresde.select import (
     recommend,
     trials,
 )
+from scoresde.select.reasons import _spread
 from scoresde.select.surrogate import _maximised, _principal, checked_batch
 from scoresde.select.tables import maps, run_stack, stack
+from scoresde.select.trials import Problem, exact_solution
 from scoresde.solvers.base import Card, TableSolver
 from scoresde.tableau import Tableau
 
@@ -319,6 +321,18 @@ def test_guidance_of_scale_one_is_the_component_by_itself():
     by_class = errors(recommend(SDE, far, 8, guidance=1.0, candidates=FEW[::3], noises=512))
     alone = errors(recommend(SDE, Mixture([1.0], mean, variance), 8, candidates=FEW[::3], noises=512))
     assert all(by_class[c] == pytest.approx(alone[c], rel=0.2) for c in alone)
+
+
+@pytest.mark.parametrize("encode", [False, True])
+def test_the_spread_counts_what_lies_outside(encode):
+    """Three coordinates outside of which the law is known, at an end with much noise, or at t_max."""
+    law, rest = Gaussian([0.0, 0.0], 0.5), 2.0
+    problem = Problem(SDE, 0.3, Surrogate(law, rest, 3), 4096, 0, None)
+    t = SDE.t_max if encode else 0.3
+    alpha, sigma = float(SDE.alpha(t)), float(SDE.sigma(t))
+    variance = (2 * (0.5 * alpha**2 + sigma**2) + 3 * (rest * alpha**2 + sigma**2)) / 5
+    found = _spread(problem, exact_solution(problem, 5, encode), encode)
+    assert found == pytest.approx(variance**0.5, rel=0.03)  # 5 standard errors of the part inside
 
 
 def test_as_many_samples_are_far_whatever_little_there_is_outside():
