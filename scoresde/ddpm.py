@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .denoiser import BaseDenoiser, evaluating
 from .schedules import Tabulated, beta_table, float_table, holds
-from .sde import VPSDE, like
+from .sde import VPSDE, like, one_each
 
 Index = int | Tensor
 
@@ -213,7 +213,7 @@ class DDPM:
         self._check_process(model)
         index = self._index(i)
         std = self._take(self._noise(self.log_alpha_bars).sqrt(), index, x_0)
-        x_i = self.marginal(x_0, index)[0] + std * _of_shape(eps, x_0)
+        x_i = self.marginal(x_0, index)[0] + std * one_each(eps, x_0)
         predicted = model.noise(x_i, self.times.to(index.device)[index - 1], **cond)
         return (eps - predicted).square().flatten(1).mean(1)
 
@@ -233,7 +233,7 @@ class DDPM:
             for i in range(len(self), 0, -1):
                 mean = self.mean_from_noise(x, model.noise(x, self.times[i - 1], **cond), i)
                 std = self._take(self.betas.sqrt(), i, x)
-                x = mean + std * _of_shape(noises[i - 1], x) if i > 1 else mean
+                x = mean + std * one_each(noises[i - 1], x) if i > 1 else mean
         return x
 
 
@@ -247,13 +247,6 @@ def discretize(sde: VPSDE, n: int, rule: str = "exact") -> DDPM:
 def _times(n: int) -> Tensor:
     """The times 1/n, ..., 1 of the steps."""
     return torch.arange(1, n + 1, dtype=torch.float64) / n
-
-
-def _of_shape(noise: Tensor, x: Tensor) -> Tensor:
-    """The noise, if it is one for each element of x: a broadcast one would be the same for several."""
-    if noise.shape != x.shape:
-        raise ValueError(f"expected noise of the state's shape {tuple(x.shape)}, found {tuple(noise.shape)}")
-    return noise
 
 
 def _extremes(index: Tensor) -> str:

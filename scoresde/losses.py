@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .denoiser import NOISE, BaseDenoiser, Denoiser, Karras, Prediction
 from .schedules import holds
-from .sde import LinearSDE, like
+from .sde import LinearSDE, like, one_each
 from .variance import LearnedVariance, step_divergence
 
 Weighting = Callable[[LinearSDE, Tensor], Tensor]
@@ -333,13 +333,9 @@ def sliced(
 
 
 def _noisy(sde: LinearSDE, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t. Raises ValueError unless the noise is one for each element of x_0: a broadcast one would be shared
-    by several.
-    """
-    if eps.shape != x0.shape:
-        raise ValueError(f"eps: expected the shape of x0, {tuple(x0.shape)}, found {tuple(eps.shape)}")
+    """x_t. Raises ValueError for noise of another shape than x_0."""
     mean, std = sde.marginal(x0, t)
-    return mean + std * eps
+    return mean + std * one_each(eps, x0)
 
 
 def _mean_square(error: Tensor) -> Tensor:

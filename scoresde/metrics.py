@@ -146,17 +146,22 @@ def mmd(x: Float[Tensor, "n ..."], y: Float[Tensor, "m ..."], *, bandwidth: floa
     return within - 2 * total(a, b) / (len(a) * len(b))
 
 
+def drawn(x: Float[Tensor, "n ..."], most: int) -> Float[Tensor, "m ..."]:
+    """At most so many of them, always the same: neither the first nor one in so many, for lists are often
+    sorted, or go through their classes in turn."""
+    if len(x) <= most:
+        return x
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order[:most].to(x.device)]
+
+
 def median_distance(x: Float[Tensor, "n ..."]) -> float:
     """The median of |x_i - x_j| over i < j: the usual bandwidth of `mmd`. Of more than 4096 samples, that of
     4096 drawn from them, always the same."""
     a, _ = _flat(x, x)
     if len(a) < 2:
         return 0.0
-    if len(a) > ENOUGH:
-        # Neither the first nor one in so many: lists are often sorted, or go through their classes in turn.
-        order = torch.randperm(len(a), generator=torch.Generator().manual_seed(0))
-        a = a[order[:ENOUGH].to(a.device)]
-    distances = torch.pdist(a)
+    distances = torch.pdist(drawn(a, ENOUGH))
     # of an even number the mean of the two in the middle; torch.median takes the lower one
     middle = {(len(distances) + 1) // 2, len(distances) // 2 + 1}
     return sum(float(distances.kthvalue(k).values) for k in middle) / len(middle)

@@ -48,6 +48,14 @@ def like(coefficient: Tensor, x: Tensor) -> Tensor:
     return cast.view(-1, *[1] * (x.ndim - 1))
 
 
+def one_each(noise: Tensor, x: Tensor) -> Tensor:
+    """The noise, if it is one number for each of x: a broadcast one would be the same for several. Raises
+    ValueError for another shape."""
+    if noise.shape != x.shape:
+        raise ValueError(f"expected noise of the state's shape {tuple(x.shape)}, found {tuple(noise.shape)}")
+    return noise
+
+
 def clock(t: Time) -> Tensor:
     """`t` as a float64 tensor on its own device. Raises ValueError for a negative or undefined time."""
     t = wide(t)

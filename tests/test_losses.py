@@ -179,7 +179,7 @@ def test_noise_is_not_broadcast(unchecked, shape):
         (losses.hybrid, learned, ()),
         (losses.classification, Classifier(torch.nn.Linear(3, 2), VPSDE()), (classes,)),
     ):
-        with pytest.raises(ValueError, match=r"eps: expected the shape of x0, \(6, 3\)"):
+        with pytest.raises(ValueError, match=r"expected noise of the state's shape \(6, 3\)"):
             loss(model, x0, eps, t, *extra)
 
 

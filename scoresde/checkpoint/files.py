@@ -57,6 +57,15 @@ def _apart(tensors: Tensors) -> Tensors:
     return apart
 
 
+def check_place(path: FilePath) -> None:
+    """Say before the work, and not after it, that no file can be written there. Raises CheckpointError."""
+    place = Path(os.path.realpath(path))
+    if place.is_dir():
+        raise CheckpointError(f"expected a file to write, found the folder {path}; name a file in it")
+    if files := [parent for parent in place.parents if parent.exists() and not parent.is_dir()]:
+        raise CheckpointError(f"expected a file in a folder, found the file {files[0]} in {path}")
+
+
 def write(path: Path, content: bytes) -> None:
     header = 8 + int.from_bytes(content[:8], "little")
     signature = hashlib.sha256(content).hexdigest()

@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 
 from .. import checkpoint, digits, plots
+from ..checkpoint.files import check_place
 from ..sde import VPSDE
 from ..select import Budget, Comparison
 from ..select import compare as measured
@@ -18,7 +19,6 @@ from ..select import tune as tuned
 from ..solvers import TableSolver
 from ..tableau import Tableau
 from .common import (
-    check_output,
     condition_of,
     device_named,
     numbers,
@@ -143,7 +143,7 @@ def recommend(
             f"{out}, {calls} and {need}"
         )
     if out is not None:
-        check_output(out)
+        check_place(out)
     for number in wanted:
         found = ranked(sde, batch, number, need, guidance, end=end, seed=seed)
         print(f"{found}\n")
@@ -185,7 +185,7 @@ def tune(
     """
     if out.suffix != ".json":
         raise ValueError(f"expected a .json file for the table, found {out}")
-    check_output(out)
+    check_place(out)
     description = checkpoint.describe(model)
     denoiser = checkpoint.load(model, device=device_named(device))
     found = tuned(

@@ -83,14 +83,6 @@ def read_array(path: Path) -> Tensor:
     return array.float()
 
 
-def check_output(out: Path) -> None:
-    """Say before the work, and not after it, that nothing can be written there. Raises ValueError."""
-    if out.is_dir():
-        raise ValueError(f"expected a file to write, found the folder {out}; name a file in it")
-    if files := [parent for parent in out.absolute().parents if parent.exists() and not parent.is_dir()]:
-        raise ValueError(f"expected a file in a folder, found the file {files[0]} in {out}")
-
-
 def shape_of(description: Mapping[str, Any], given: tuple[int, ...] | None) -> tuple[int, ...]:
     shape = given or description["metadata"].get("shape")
     if not shape:

@@ -9,8 +9,9 @@ import tyro
 from torch import Tensor
 
 from .. import checkpoint, plots, solvers
+from ..checkpoint.files import check_place
 from ..sampling import sample as draw
-from .common import check_output, condition_of, device_named, parse_grid, parse_solver, shape_of
+from .common import condition_of, device_named, parse_grid, parse_solver, shape_of
 
 
 def sample(
@@ -44,7 +45,7 @@ def sample(
     """
     if out.suffix not in (".png", ".npy"):
         raise ValueError(f"expected an output that ends in .png or .npy, found {out}")
-    check_output(out)
+    check_place(out)
     chosen, table_grid = parse_solver(solver)
     description = checkpoint.describe(model)
     denoiser = checkpoint.load(model, device=device_named(device))

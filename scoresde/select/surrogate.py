@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..laws import Gaussian, Law, Mixture
+from ..metrics import drawn
 
 INSIDE = 64  # coordinates that are modelled one by one
 SAMPLES = 4096  # that a fit looks at
@@ -81,7 +82,7 @@ def kernel_surrogate(data: Tensor, *, width: float = 0.15) -> Surrogate:
     if not 0 < width < math.inf:
         raise ValueError(f"expected a width > 0, found {width}")
     points, rest, others = _inside(checked_batch(data))
-    kept = _drawn(points, KERNELS)
+    kept = drawn(points, KERNELS)
     spread = width**2 * float(points.var(0).mean())
     return Surrogate(Mixture([1 / len(kept)] * len(kept), kept, spread), rest, others)
 
@@ -99,18 +100,10 @@ def checked_batch(data: Any) -> Tensor:
         )
     if not bool(data.isfinite().all()):
         raise ValueError("expected finite data, found NaN or infinity")
-    points = _drawn(data.detach(), SAMPLES).double().cpu().flatten(1)
+    points = drawn(data.detach(), SAMPLES).double().cpu().flatten(1)
     if not bool((points != points[0]).any()):
         raise ValueError("expected data that differ, found copies of one sample")
     return points
-
-
-def _drawn(points: Tensor, most: int) -> Tensor:
-    """At most so many of them, always the same: neither the first nor one in so many, for files are often
-    sorted, or go through their classes in turn."""
-    if len(points) <= most:
-        return points
-    return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:most]]
 
 
 def _inside(points: Tensor) -> _Inside:

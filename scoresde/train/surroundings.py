@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.description import described
+from ..checkpoint.files import check_place
 
 if TYPE_CHECKING:
     from ..denoiser import Denoiser
@@ -132,11 +133,7 @@ def check_savable(path: FilePath, model: Denoiser) -> None:
 
     Raises CheckpointError.
     """
-    place = Path(os.path.realpath(path))
-    if place.is_dir():
-        raise CheckpointError(f"path: expected a file to write, found the folder {path}; name a file in it")
-    if files := [parent for parent in place.parents if parent.exists() and not parent.is_dir()]:
-        raise CheckpointError(f"path: expected a file in a folder, found the file {files[0]} in {path}")
+    check_place(path)
     description = described(model)
     try:
         json.dumps(description, allow_nan=False)
