@@ -67,7 +67,9 @@ class Ready(nn.Module):
         return next(self.turn)
 
 
-@torch.library.custom_op("scoresde_benchmarks::unseen", mutates_args=())
+@torch.library.custom_op(
+    "scoresde_benchmarks::unseen", mutates_args=(), schema="(Tensor x, Tensor time) -> Tensor"
+)  # schema: older torch does not read annotations that are strings
 def unseen(x: Tensor, time: Tensor) -> Tensor:
     """A network that does nothing and that torch.compile cannot see into: it returns new memory."""
     return torch.empty_like(x)
