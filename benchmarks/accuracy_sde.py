@@ -22,11 +22,11 @@ others     The error is the sliced 2-Wasserstein distance over random directions
            mode is found more often than another by chance. All samplers get the same noises. The subspace
            runs in 61 coordinates, as in `benchmarks.accuracy`.
 
-Of the committed rows of mixtures those of the subspace with 30 and 50 calls and of the ring with 50 calls
-(of 8 times as many samples in every stage) are measured so. The others are from before: the distance of
-samples from the expected order statistics of the law, in the square less what true samples have, of 32768
-samples (64 dimensions; on the ring with all images, with 20 and 30 calls 8 times as many; on the subspace 8
-times, with 20 calls 32 times as many); the floor is half of what true samples have.
+Of the committed rows of mixtures those of 50 calls (on the ring of 8 times as many samples in every stage)
+and, but on the ring, of 30 calls are measured so. The others are from before: the distance of samples from
+the expected order statistics of the law, in the square less what true samples have, of 32768 samples (64
+dimensions; on the ring with all images, with 20 and 30 calls 8 times as many; on the subspace 8 times, with
+20 calls 32 times as many); the floor is half of what true samples have.
 
 The public libraries need the environment of benchmarks/peers.txt; without it torchsde alone is theirs, and
 ratios tell little.
